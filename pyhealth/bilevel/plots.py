@@ -1,0 +1,502 @@
+"""Pictures of a run: learning curves, the learned policy, ROC and PR curves, ECGs.
+
+Every function takes plain data and the path of a PNG, writes the file and returns
+its path. Figures are built without ``pyplot``, so no backend or global state is
+touched: the functions work without a display and in threads. A picture is drawn in
+memory first: a call that raises leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+from sklearn import metrics
+
+__all__ = [
+    "STANDARD_LEADS",
+    "plot_ecg",
+    "plot_learning_curves",
+    "plot_policy",
+    "plot_roc_pr",
+]
+
+STANDARD_LEADS = tuple("I II III aVR aVL aVF V1 V2 V3 V4 V5 V6".split())
+
+Row = Mapping[str, float | None]
+History = Sequence[Row] | pd.DataFrame
+PathLike = str | os.PathLike[str]
+
+_PIXELS_PER_MM = 6  # a whole number, so that the ECG grid falls on whole pixels
+_DPI = 25.4 * _PIXELS_PER_MM
+_MM_PER_SECOND, _MM_PER_UNIT = 25.0, 10.0  # ECG paper: 25 mm/s and 10 mm/mV
+_MAX_SECONDS, _MAX_HEIGHT = 30.0, 2000.0  # s, mm: beyond that it is no page
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#000000")  # Okabe and Ito
+_CLASSES = (("neg", "o", _BLUE, -0.14), ("pos", "D", _ORANGE, 0.14))
+_INKS = (
+    {"color": "black", "lw": 0.7},
+    {"color": "#0050C8", "lw": 1.3},
+    {"color": "#B34700", "lw": 1.3, "ls": (0, (4, 1))},
+)
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
+
+
+def plot_learning_curves(history: History, path: PathLike) -> Path:
+    """Plot losses, validation AUROC and AUPRC and the hypergradient over epochs.
+
+    Args:
+        history: one flat dict an epoch (or a DataFrame, one row an epoch) with
+            "epoch" and any of "train_loss", "loss" (validation), "roc_auc",
+            "pr_auc" (validation), "hypergradient_norm", "hypergradient_snr". A key
+            may be missing, None or not finite in some rows: no point is drawn there.
+        path: PNG to write.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        ValueError: if the history is empty, has nothing to draw, or its epochs are
+            missing or do not increase, or if ``path`` does not end in ".png".
+
+    Examples:
+        >>> import tempfile
+        >>> rows = [{"epoch": e, "loss": 1 / (e + 1), "roc_auc": 0.8} for e in range(3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_learning_curves(rows, f"{folder}/curves.png").name
+        'curves.png'
+    """
+    rows, epochs = _rows(history)
+    panels = {
+        "Loss": {"train_loss": "training", "loss": "validation"},
+        "Validation score": {"roc_auc": "AUROC", "pr_auc": "AUPRC"},
+        "Hypergradient norm": {"hypergradient_norm": "norm"},
+        "Hypergradient signal-to-noise": {"hypergradient_snr": "signal-to-noise"},
+    }
+    series = {key: _column(rows, key) for keys in panels.values() for key in keys}
+    drawn = {key: values for key, values in series.items() if np.isfinite(values).any()}
+    if not drawn:
+        raise ValueError(f"The history has no finite value under any of {[*series]}.")
+    panels = {title: keys for title, keys in panels.items() if drawn.keys() & keys}
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure = _figure(5.6 * columns, 3.6 * lines)
+    for place, (title, keys) in enumerate(panels.items(), start=1):
+        ax = figure.add_subplot(lines, columns, place)
+        _style(ax, title, "epoch")
+        ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for i, (key, label) in enumerate(keys.items()):
+            if key not in drawn:
+                continue
+            x, y = (v[np.isfinite(drawn[key])] for v in (epochs, drawn[key]))
+            look = {"color": _COLOURS[i], "linestyle": _DASHES[i], "marker": "os"[i]}
+            ax.plot(x, y, label=label, markersize=4, **look)
+            if key == "roc_auc":
+                best = int(y.argmax())  # the first of equals, as a trainer keeps it
+                text = f"best AUROC: {y[best]:.3f} in epoch {x[best]:g}"
+                ax.axvline(x[best], color=_GREY, linestyle=":", zorder=1)
+                star = {"markersize": 15, "color": "gold", "markeredgecolor": "black"}
+                ax.plot(x[best], y[best], marker="*", ls="none", label=text, **star)
+            if key.startswith("hyper") and x[0] > epochs[0]:
+                text = "warm-up: no outer step"
+                ax.axvspan(epochs[0] - 0.5, x[0] - 0.5, color="#EAEAEA", label=text)
+            if key == "hypergradient_norm" and 0 < 30 * y.min() < y.max():
+                ax.set_yscale("log")
+            if key == "hypergradient_snr":
+                ax.axhline(1, color=_GREY, linestyle="--", label="signal = noise")
+        ax.legend(fontsize=10)
+    return _write(figure, path)
+
+
+def plot_policy(
+    history: History,
+    op_names: Sequence[str],
+    magnitude_ranges: Mapping[str, tuple[float, float, str]],
+    path: PathLike,
+) -> Path:
+    """Plot a learned augmentation policy: probabilities over epochs, last magnitudes.
+
+    One row of panels a stage. The colours of the probabilities are symmetric about
+    the uniform probability, with one scale for all stages, stated at the colour bar.
+
+    Args:
+        history: one flat dict an epoch (or a DataFrame) with "epoch" and, for each
+            stage s from 0 and each operation, "probability/{s}/{op}",
+            "magnitude_neg/{s}/{op}" (class 0) and "magnitude_pos/{s}/{op}" (class 1).
+        op_names: the operations, from top to bottom.
+        magnitude_ranges: (low, high, unit) of each operation, in its own unit; an
+            operation whose low equals its high has no magnitude.
+        path: PNG to write.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        ValueError: if the history holds no stage or lacks an operation, if an
+            operation has no range, or for the reasons of ``plot_learning_curves``.
+
+    Examples:
+        >>> import tempfile
+        >>> rows = [{"epoch": 0, "probability/0/time_mask": 0.6,
+        ...          "probability/0/no_op": 0.4, "magnitude_neg/0/time_mask": 0.1,
+        ...          "magnitude_pos/0/time_mask": 0.3}]
+        >>> ranges = {"time_mask": (0.0, 0.5, "s"), "no_op": (0.0, 0.0, "")}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_policy(rows, list(ranges), ranges, f"{folder}/policy.png").name
+        'policy.png'
+    """
+    rows, epochs = _rows(history)
+    found = (re.match(r"probability/(\d+)/", key) for row in rows for key in row)
+    stages = sorted({int(match[1]) for match in found if match})
+    if not stages:
+        raise ValueError("The history has no 'probability/{stage}/{operation}' key.")
+    if unknown := [op for op in op_names if op not in magnitude_ranges]:
+        raise ValueError(f"magnitude_ranges lacks {unknown}: give (low, high, unit).")
+    keys = [f"probability/{stage}/{op}" for stage in stages for op in op_names]
+    p = np.array([_column(rows, key) for key in keys])
+    if lacking := [k for k, v in zip(keys, p, strict=True) if not np.isfinite(v).any()]:
+        raise ValueError(f"The history has no finite value under {lacking}.")
+    p = p.reshape(len(stages), len(op_names), len(rows))
+    uniform = 1 / len(op_names)
+    # Symmetric about uniform: equal steps have equal colours on both sides. Never
+    # narrower than a fifth of uniform: rounding noise must not look learned.
+    reach = max(float(np.nanmax(np.abs(p - uniform))), uniform / 5)
+    scale = {"cmap": "RdBu_r", "vmin": uniform - reach, "vmax": uniform + reach}
+    middles = (epochs[1:] + epochs[:-1]) / 2
+    edges = np.array([epochs[0] - 0.5, *middles, epochs[-1] + 0.5])
+    figure = _figure(13, 0.3 + len(stages) * (1.2 + 0.42 * len(op_names)))
+    axes = figure.subplots(len(stages), 2, squeeze=False, sharey=True)
+    for (left, right), stage, values in zip(axes, stages, p, strict=True):
+        _style(left, f"Stage {stage}: probability of each operation", "epoch")
+        left.set_facecolor("#BBBBBB")  # what a missing value shows
+        mesh = left.pcolormesh(edges, np.arange(len(op_names) + 1) - 0.5, values, **scale)
+        left.grid(False)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.set_yticks(range(len(op_names)), op_names)
+        left.set_ylim(len(op_names) - 0.5, -0.5)
+        left.set_title(f"epoch {epochs[-1]:g}", loc="right", fontsize=10)
+        for y, value in enumerate(values[:, -1]):
+            _beside(left, y, f"{value:.3f}")
+        _magnitude_panel(right, rows[-1], stage, op_names, magnitude_ranges)
+    bar = figure.colorbar(mesh, ax=axes[:, 0], location="left", aspect=30)
+    bar.ax.set_ylim(max(0, uniform - reach), min(1, uniform + reach))
+    text = f"probability (white: uniform, {uniform:.3f}; full colour: ± {reach:.3f})"
+    bar.set_label(text, fontsize=10)
+    return _write(figure, path)
+
+
+def plot_roc_pr(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], path: PathLike
+) -> Path:
+    """Plot ROC and precision-recall curves side by side, with chance lines.
+
+    Args:
+        curves: name -> (y_true, y_prob), both of shape (n,): labels 0 or 1 and
+            scores, higher for class 1.
+        path: PNG to write.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        ValueError: if there is no curve, the two arrays of a curve do not match, a
+            label is not 0 or 1, a score is not finite or the labels hold one class.
+
+    Examples:
+        >>> import tempfile
+        >>> curves = {"MI": ([0, 0, 1], [0.1, 0.6, 0.4])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_roc_pr(curves, f"{folder}/roc.png").name
+        'roc.png'
+    """
+    if not curves:
+        raise ValueError("There is no curve to plot: curves is empty.")
+    figure = _figure(11, 5.3 + 0.25 * len(curves))
+    roc, pr = figure.subplots(1, 2)
+    _style(roc, "ROC", "1 - specificity", "sensitivity")
+    _style(pr, "Precision-recall", "recall (sensitivity)", "precision")
+    chances: dict[str, float] = {}
+    for i, (name, (y_true, y_prob)) in enumerate(curves.items()):
+        y, score = np.asarray(y_true), np.asarray(y_prob)
+        if y.ndim != 1 or y.shape != score.shape:
+            found = f"{y.shape} and {score.shape}"
+            raise ValueError(f"{name}: y_true and y_prob must be (n,); found {found}.")
+        if not (np.isin(y, (0, 1)).all() and np.isfinite(score).all()):
+            raise ValueError(f"{name}: labels must be 0 or 1, and scores finite.")
+        if np.unique(y).size != 2:
+            found = f"{int(y.sum())} positives in {y.size} labels"
+            raise ValueError(f"{name}: AUROC needs both classes, not one class; {found}.")
+        line = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
+        area = f"{metrics.roc_auc_score(y, score):.3f} (n = {y.size})"
+        false_rate, true_rate, _ = metrics.roc_curve(y, score)
+        roc.plot(false_rate, true_rate, label=f"{name}: AUROC {area}", **line)
+        area = f"{metrics.average_precision_score(y, score):.3f} (n = {y.size})"
+        precision, recall, _ = metrics.precision_recall_curve(y, score)
+        pr.step(recall, precision, where="post", label=f"{name}: AUPRC {area}", **line)
+        chances[f"{y.mean():.3f}"] = float(y.mean())
+    dotted = {"color": _GREY, "linestyle": ":", "linewidth": 1}
+    roc.plot([0, 1], [0, 1], label="chance: AUROC 0.500", **dotted)
+    for text, chance in chances.items():
+        pr.axhline(chance, label=f"chance: AUPRC {text} (share of positives)", **dotted)
+    for ax in (roc, pr):
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=10)
+    return _write(figure, path)
+
+
+def plot_ecg(
+    signals: Sequence[ArrayLike],
+    path: PathLike,
+    *,
+    sampling_rate: float,
+    lead_names: Sequence[str] = STANDARD_LEADS,
+    titles: Sequence[str] | None = None,
+    unit: str = "mV",
+    suptitle: str | None = None,
+) -> Path:
+    """Draw one ECG, or up to three versions of it overlaid, on standard ECG paper.
+
+    The paper is true to scale: 25 mm a second and 10 mm a millivolt, small squares of
+    1 mm and large ones of 5 mm; at the file's own resolution a print has real size.
+    The twelve standard leads (any order, any case) give the clinical page: three rows
+    of four leads, each lead for a quarter of the record, above a full-length lead II.
+    Any other set of leads gives one full-length strip a lead. Each row starts with a
+    pulse of 1 mV. Rows move apart for high voltages; nothing is clipped.
+
+    Args:
+        signals: one to three arrays (leads, samples) of one shape; the first is drawn
+            thin and black, on top. Samples that are not finite are gaps.
+        path: PNG to write.
+        sampling_rate: samples per second (Hz).
+        lead_names: one name a lead.
+        titles: one legend entry a signal; two signals are "before" and "after".
+        unit: what 10 mm stand for, e.g. "standard deviation" for z-scored signals;
+            the caption says it.
+        suptitle: heading of the page.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        ValueError: if the numbers or shapes of signals, leads and titles do not match,
+            or the record is too long or too high for a page (wrong rate or unit?).
+
+    Examples:
+        >>> import tempfile
+        >>> ecg = 0.5 * np.sin(np.linspace(0, 60, 12 * 1000)).reshape(12, 1000)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_ecg([ecg, 2 * ecg], f"{folder}/ecg.png", sampling_rate=100).name
+        'ecg.png'
+    """
+    stack = _checked_signals(signals, sampling_rate, lead_names)
+    names = {1: ("",), 2: ("before", "after"), 3: ("first", "second", "third")}
+    titles = names[len(stack)] if titles is None else titles
+    if len(titles) != len(stack):
+        raise ValueError(f"{len(stack)} signals need as many titles; found {titles}.")
+    margin, step = 10.0, _MM_PER_SECOND / sampling_rate  # mm: pulse, one sample
+    segments = _segments(lead_names, stack.shape[-1])
+    rows = segments[-1].row + 1
+    above, below, labels = np.full(rows, _MM_PER_UNIT), np.zeros(rows), []
+    for row, lead, _, start, stop in segments:
+        part = _MM_PER_UNIT * np.nan_to_num(stack[:, lead, start:stop])
+        labels.append(max(2.0, part[:, : int(10 / step) + 1].max()) + 1)  # clear of trace
+        above[row] = max(above[row], part.max(), labels[-1] + 3)
+        below[row] = max(below[row], -part.min())
+    # Baselines lie on thick lines, the last row's lowest; a row stands as high above
+    # the next as both need, so traces cannot meet.
+    gaps = np.maximum(below + np.append(above[1:], 0) + 2, 10)
+    baselines = np.cumsum(5 * np.ceil(gaps[::-1] / 5))[::-1]
+    height = 5 * np.ceil((baselines[0] + above[0] + 2) / 5)
+    width = margin + 5 * np.ceil((stack.shape[-1] * step + 5) / 5)
+    width = max(width, 150.0)  # room for the caption
+    if height > _MAX_HEIGHT:
+        raise ValueError(
+            f"The page would be {height:.0f} mm high: the signals span "
+            f"{np.nanmin(stack):.4g} to {np.nanmax(stack):.4g} at 10 mm per {unit}. "
+            f"Are they in another unit?"
+        )
+    figure, ax = _ecg_paper(width, height)
+    for i, (signal, title, look) in enumerate(zip(stack, titles, _INKS, strict=False)):
+        for row, lead, _, start, stop in segments:
+            x = margin + step * np.arange(start, stop)
+            y = baselines[row] + _MM_PER_UNIT * signal[lead, start:stop]
+            ax.plot(x, y, zorder=5 - i, solid_joinstyle="round", **look)
+        if title:
+            ax.plot([], [], label=title, **look)
+    for (row, _, name, start, _), label in zip(segments, labels, strict=True):
+        x, y = margin + step * start, baselines[row]
+        ax.text(x + 1, y + label, name, fontsize=10, fontweight="bold", zorder=6)
+        if start:  # where one lead ends and the next one starts
+            ax.plot([x, x], [y - 2, y + 2], color="black", lw=1.2)
+    for y in baselines:
+        pulse = y + _MM_PER_UNIT * np.array([0, 0, 1, 1, 0, 0])
+        ax.plot([1, 2, 2, 7, 7, 8], pulse, color="black", lw=0.9, label="_pulse")
+    gain = "10 mm/mV" if unit == "mV" else f"10 mm per {unit}"
+    caption = f"25 mm/s, {gain}, {sampling_rate:g} Hz"
+    ax.text(0, -2, caption, fontsize=10, va="top")
+    ax.text(0, height + 2.5, suptitle or "", fontsize=12, fontweight="bold")
+    if any(titles):
+        corner = {"bbox_to_anchor": (width, -1), "bbox_transform": ax.transData}
+        ax.legend(loc="upper right", ncols=3, fontsize=10, frameon=False,
+                  borderpad=0, borderaxespad=0.3, **corner)
+    return _write(figure, path)
+
+
+def _write(figure: Figure, path: PathLike) -> Path:
+    """Render in memory, then write: an error while drawing leaves no file."""
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"{target.name!r}: a picture is a PNG; end the path in '.png'.")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(buffer.getvalue())
+    return target
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty white figure; width and height in inches."""
+    return Figure((width, height), dpi=_DPI, layout="constrained", facecolor="white")
+
+
+def _style(ax: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
+    """Set what every panel has in common, and not leave it to the user's rcParams."""
+    ax.set_title(title, fontsize=12, fontweight="bold", loc="left")
+    ax.set_xlabel(xlabel, fontsize=11)
+    ax.set_ylabel(ylabel, fontsize=11)
+    ax.tick_params(labelsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#E3E3E3", linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+def _beside(ax: Axes, y: float, text: str) -> None:
+    """Print a text to the right of a panel, at height y of its data."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    ax.annotate(text, (1, y), (6, 0), va="center", fontsize=9, **place)
+
+
+def _rows(history: History) -> tuple[list[Row], NDArray[np.float64]]:
+    """The history as a list of dicts, and its epochs, which must increase."""
+    frame = isinstance(history, pd.DataFrame)
+    rows = history.to_dict("records") if frame else list(history)
+    if not rows:
+        raise ValueError("The history is empty: there is no epoch to plot.")
+    epochs = _column(rows, "epoch")
+    if not (np.isfinite(epochs).all() and (np.diff(epochs) > 0).all()):
+        found = f"found {epochs.tolist()}"
+        raise ValueError(f"Every row needs an 'epoch', and they must increase; {found}.")
+    return rows, epochs
+
+
+def _column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
+    """One key over the epochs, NaN where it is missing or None."""
+    values = (row.get(key) for row in rows)
+    return np.array([np.nan if v is None else float(v) for v in values])
+
+
+def _magnitude_panel(
+    ax: Axes,
+    last: Row,
+    stage: int,
+    op_names: Sequence[str],
+    ranges: Mapping[str, tuple[float, float, str]],
+) -> None:
+    """Draw each operation's magnitude of either class on a bar of its own range."""
+    _style(ax, "Magnitude within the operation's range", "")
+    ax.grid(False)
+    ax.set(xlim=(-0.12, 1.12), xticks=[])
+    ax.tick_params(axis="y", left=False, labelleft=False)
+    ax.spines[:].set_visible(False)
+    markers = {}
+    for y, op in enumerate(op_names):
+        (low, high, unit), texts = ranges[op], []
+        if high > low:
+            ax.barh(y, 1, height=0.66, color="#EFEFEF", edgecolor="#BBBBBB")
+            for x, side, end in ((-0.02, "right", low), (1.02, "left", high)):
+                ax.text(x, y, f"{end:g}", ha=side, va="center", fontsize=9, color=_GREY)
+            for kind, marker, colour, shift in _CLASSES:
+                value = _column([last], f"magnitude_{kind}/{stage}/{op}")[0]
+                x = (value - low) / (high - low)
+                look = {"color": colour, "markeredgecolor": "white", "markersize": 8}
+                markers[kind] = ax.plot(x, y + shift, marker, **look)[0]
+                texts.append(f"{value:.3g}")
+        _beside(ax, y, " / ".join(texts) + f" {unit}" if texts else "–")
+    place = {"loc": "upper right", "bbox_to_anchor": (1, 0), "ncols": 2}
+    ax.legend([*markers.values()], ["class 0", "class 1"], fontsize=10, **place)
+
+
+class _Segment(NamedTuple):
+    """A lead's place on the page: row, index, name and samples from start to stop."""
+
+    row: int
+    lead: int
+    name: str
+    start: int
+    stop: int
+
+
+def _segments(lead_names: Sequence[str], samples: int) -> list[_Segment]:
+    """The clinical 3 x 4 page with a rhythm strip, or one strip a lead."""
+    place = {name.upper(): lead for lead, name in enumerate(lead_names)}
+    if len(lead_names) != 12 or set(place) != {n.upper() for n in STANDARD_LEADS}:
+        return [_Segment(i, i, name, 0, samples) for i, name in enumerate(lead_names)]
+    cuts = [round(quarter * samples / 4) for quarter in range(5)]
+    page = [
+        _Segment(i % 3, place[name.upper()], name, cuts[i // 3], cuts[i // 3 + 1])
+        for i, name in enumerate(STANDARD_LEADS)
+    ]
+    return [*page, _Segment(3, place["II"], "II", 0, samples)]
+
+
+def _checked_signals(
+    signals: Sequence[ArrayLike], rate: float, lead_names: Sequence[str]
+) -> NDArray[np.float64]:
+    """The signals as (versions, leads, samples), NaN where not finite."""
+    arrays = [np.asarray(signal, dtype=np.float64) for signal in signals]
+    shapes = [array.shape for array in arrays]
+    if not 1 <= len(arrays) <= 3 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise ValueError(
+            f"signals must be one to three arrays (leads, samples) of one shape; "
+            f"found {shapes}."
+        )
+    leads, samples = shapes[0]
+    if leads == 0 or leads != len(lead_names):
+        raise ValueError(
+            f"The signals have {leads} leads but there are {len(lead_names)} "
+            f"lead_names {list(lead_names)}: pass one name a lead."
+        )
+    if samples == 0 or not rate > 0 or samples / rate > _MAX_SECONDS:
+        raise ValueError(
+            f"{samples} samples at {rate} Hz do not fit a page of up to "
+            f"{_MAX_SECONDS:g} s: check sampling_rate, or cut a window first."
+        )
+    return np.where(np.isfinite(arrays), arrays, np.nan)
+
+
+def _ecg_paper(width: float, height: float) -> tuple[Figure, Axes]:
+    """Pink paper in a white frame; the unit of the axes is a millimetre of paper."""
+    page_width, page_height = width + 10, height + 19  # 5 left, 5 right, 9 below
+    figure = Figure(
+        (page_width / 25.4, page_height / 25.4), dpi=_DPI, facecolor="white"
+    )
+    box = (5 / page_width, 9 / page_height, width / page_width, height / page_height)
+    ax = figure.add_axes(box, xlim=(0, width), ylim=(0, height), aspect="equal")
+    ax.set_facecolor("#FFF8F8")
+    ax.tick_params(length=0, labelbottom=False, labelleft=False)
+    for every, colour, line in ((1, "#F9D3D6", 0.4), (5, "#EFA3AB", 0.8)):
+        style = {"colors": colour, "lw": line, "zorder": every / 10}
+        ax.vlines(np.arange(0, width + 1, every), 0, height, **style)
+        ax.hlines(np.arange(0, height + 1, every), 0, width, **style)
+    return figure, ax
