@@ -1,0 +1,229 @@
+"""Hypergradients: the derivative of a validation loss in hyper-parameters.
+
+The weights w are trained on ``L_train(w, phi)``; the hyper-parameters phi (a policy, or
+the augmented batch itself) should lower ``L_val``. Everything here is a pure function
+of dictionaries of tensors: weights, buffers, ``.grad`` and generators stay untouched.
+
+The mixed derivative ``d/dphi <dL_train/dw, v>`` equals the directional derivative of
+``dL_train/dphi`` along v in w. It is computed that way, forward mode over reverse mode,
+which costs about two ordinary gradients and stores no second graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["METHODS", "InnerStep", "Method", "Tensors", "hypergradient"]
+
+type Tensors = Mapping[str, Tensor]
+#: ``inner_step(params, grads)`` -> (params after the step, its elementwise derivative
+#: in the gradient, with the sign of a decrease: ``D = -d params_after / d grads``).
+type InnerStep = Callable[
+    [Tensors, Tensors], tuple[dict[str, Tensor], dict[str, Tensor]]
+]
+type Method = Literal["one_step", "neumann", "darts"]
+METHODS: tuple[str, ...] = ("one_step", "neumann", "darts")
+
+#: A Neumann term this many times the first one means the series does not converge.
+DIVERGENCE_RATIO = 100.0
+
+
+def hypergradient(
+    train_loss: Callable[[Tensors, Tensors], Tensor] | None,
+    val_loss: Callable[..., Tensor],
+    params: Tensors,
+    hparams: Tensors,
+    lr: float | None = None,
+    method: Method = "one_step",
+    neumann_terms: int = 1,
+    inner_step: InnerStep | None = None,
+    train_grads: Tensors | None = None,
+) -> dict[str, Tensor]:
+    """Return the derivative of the validation loss in the hyper-parameters.
+
+    With g = dL_val/dw and H = d2L_train/dw2:
+
+    - ``one_step``: the exact derivative of ``L_val(w')`` for one inner step
+      ``w' = w - u(dL_train/dw)``: ``-d/dphi <dL_train/dw (w, phi), D * g(w')>``, where
+      D is the elementwise derivative of u.
+    - ``neumann``: implicit differentiation at w, the inverse Hessian as a truncated
+      series: ``p = lr * sum_{j=0..J} (I - lr H)^j g(w)``, then
+      ``-d/dphi <dL_train/dw, p>``. J is ``neumann_terms``: J Hessian products, J + 1
+      summands. J = 0 is ``one_step`` with D = lr taken at w.
+    - ``darts``: the first-order form that lets the validation batch itself pass the
+      policy: ``d/dphi val_loss(params, hparams)``. It is kept for comparison. With
+      class-specific magnitudes it rewards writing the label into the signal.
+
+    Args:
+        train_loss: ``train_loss(params, hparams)`` -> scalar; deterministic. ``darts``
+            takes None.
+        val_loss: ``val_loss(params)`` -> scalar; ``val_loss(params, hparams)`` for
+            ``darts``.
+        params: trainable weights w by name.
+        hparams: hyper-parameters phi by name.
+        lr: inner learning rate eta. Needed by ``neumann``, and by ``one_step`` without
+            an ``inner_step``.
+        method: one of :data:`METHODS`.
+        neumann_terms: number J of Hessian products, ``neumann`` only.
+        inner_step: the inner optimiser's update for ``one_step``; default plain
+            gradient descent with ``lr``. See
+            :func:`~pyhealth.bilevel.inner_step.inner_step_of`.
+        train_grads: dL_train/dw at (params, hparams) where the caller has it already;
+            ``one_step`` only, saves one gradient.
+
+    Returns:
+        The derivative by name, like ``hparams``.
+
+    Raises:
+        ValueError: if an argument is missing, or given to a method that ignores it, or
+            a parameter has no gradient (its name is said).
+        ArithmeticError: if the Neumann series diverges.
+
+    Source:
+        Liu, Simonyan, Yang, DARTS, ICLR 2019 (one unrolled step, first-order form);
+        Lorraine, Vicol, Duvenaud, AISTATS 2020, algorithm 3 (Neumann series). A long
+        series is a small step times a large inverse: damp it by a smaller ``lr``.
+
+    Examples:
+        On ``L_train = |w - phi|^2 / 2`` and ``L_val = |w|^2 / 2`` a step of size 0.1
+        moves w by a tenth of phi, so the derivative is 0.1 w':
+
+        >>> w, phi = {"w": torch.tensor([1.0])}, {"phi": torch.tensor([3.0])}
+        >>> hypergradient(
+        ...     lambda p, h: (p["w"] - h["phi"]).square().sum() / 2,
+        ...     lambda p: p["w"].square().sum() / 2,
+        ...     w, phi, lr=0.1,
+        ... )
+        {'phi': tensor([0.1200])}
+    """
+    _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads)
+    params = {name: value.detach() for name, value in params.items()}
+    hparams = {name: value.detach() for name, value in hparams.items()}
+    if method == "darts":
+        return _gradient(lambda h: val_loss(params, h), hparams)
+    if method == "neumann":
+        gradient = _gradient(val_loss, params)
+        vector = _neumann(train_loss, params, hparams, gradient, lr, neumann_terms)
+    else:
+        if train_grads is None:
+            train_grads = _gradient(lambda p: train_loss(p, hparams), params)
+        step = inner_step or _gradient_descent(lr)
+        after, slope = step(params, train_grads)
+        gradient = _gradient(val_loss, after)
+        vector = {name: slope[name] * gradient[name] for name in params}
+    mixed = _derivative_along(train_loss, params, hparams, vector, of="hparams")
+    return {name: -value for name, value in mixed.items()}
+
+
+def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads):
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}.")
+    ignored = {
+        "neumann_terms": method != "neumann" and neumann_terms != 1,
+        "inner_step": method != "one_step" and inner_step is not None,
+        "train_grads": method != "one_step" and train_grads is not None,
+        "train_loss": method == "darts" and train_loss is not None,
+        "lr": lr is not None and (method == "darts" or inner_step is not None),
+    }
+    for name, is_ignored in ignored.items():
+        if is_ignored:
+            raise ValueError(
+                f"method {method!r} ignores {name}"
+                f"{' where inner_step is given' if name == 'lr' else ''}; leave it out."
+            )
+    if method != "darts" and train_loss is None:
+        raise ValueError(f"method {method!r} needs train_loss.")
+    if method == "neumann" and neumann_terms < 0:
+        raise ValueError(f"neumann_terms must be 0 or more, got {neumann_terms}.")
+    if method != "darts" and lr is None and inner_step is None:
+        raise ValueError(f"method {method!r} needs lr, the inner learning rate.")
+
+
+def _gradient(loss: Callable[[Tensors], Tensor], at: Tensors) -> dict[str, Tensor]:
+    """Return the gradient of a scalar; a tensor that gets none is an error."""
+    leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+    with torch.enable_grad():
+        return _named_gradient(loss(leaves), leaves)
+
+
+def _named_gradient(value: Tensor, leaves: Tensors) -> dict[str, Tensor]:
+    if not value.requires_grad:
+        raise ValueError(f"No gradient reaches any of {', '.join(leaves)}.")
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    result = dict(zip(leaves, gradients, strict=True))
+    unused = [name for name, gradient in result.items() if gradient is None]
+    if unused:
+        raise ValueError(
+            f"No gradient reaches {', '.join(unused)}: the loss does not use it. Leave "
+            "it out, or look for a detach() that cuts the graph."
+        )
+    return result
+
+
+def _derivative_along(
+    loss: Callable[[Tensors, Tensors], Tensor],
+    params: Tensors,
+    hparams: Tensors,
+    direction: Tensors,
+    of: Literal["params", "hparams"],
+) -> dict[str, Tensor]:
+    """Return d/de of the gradient of loss(params + e direction, hparams) at e = 0.
+
+    The gradient is the one in ``params`` (a Hessian product) or in ``hparams`` (the
+    mixed derivative).
+    """
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in (params if of == "params" else hparams).items()
+    }
+    start = leaves if of == "params" else params
+    with forward_ad.dual_level(), torch.enable_grad():
+        moving = {
+            name: forward_ad.make_dual(start[name], direction[name]) for name in start
+        }
+        value = loss(moving, hparams if of == "params" else leaves)
+        gradients = _named_gradient(value, leaves)
+        tangents = {
+            name: forward_ad.unpack_dual(gradient).tangent
+            for name, gradient in gradients.items()
+        }
+    # No tangent: the gradient does not depend on the weights, its derivative is zero.
+    return {
+        name: torch.zeros_like(leaves[name]) if tangent is None else tangent.detach()
+        for name, tangent in tangents.items()
+    }
+
+
+def _neumann(train_loss, params, hparams, gradient, lr, terms) -> dict[str, Tensor]:
+    # sum_{j<=J} (I - lr H)^j g: term_{j+1} = term_j - lr H term_j.
+    term, total, first = gradient, dict(gradient), _norm(gradient)
+    for _ in range(terms):
+        product = _derivative_along(train_loss, params, hparams, term, of="params")
+        term = {name: term[name] - lr * product[name] for name in term}
+        size = _norm(term)
+        if not size <= DIVERGENCE_RATIO * first:
+            raise ArithmeticError(
+                f"The Neumann series diverges: a term is {size / first:.3g} times the "
+                "first. Take a smaller neumann_lr or fewer neumann_terms."
+            )
+        total = {name: total[name] + term[name] for name in total}
+    return {name: lr * value for name, value in total.items()}
+
+
+def _norm(tensors: Tensors) -> float:
+    return math.sqrt(sum(value.square().sum().item() for value in tensors.values()))
+
+
+def _gradient_descent(lr: float) -> InnerStep:
+    def step(params, grads):
+        after = {name: params[name] - lr * grads[name] for name in params}
+        slope = {name: torch.full_like(params[name], lr) for name in params}
+        return after, slope
+
+    return step

@@ -1,0 +1,442 @@
+"""A learnable, class-dependent augmentation policy for ECGs (TaskAug)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .ecg_augmentations import AUGMENTATIONS, Augmentation
+from .ecg_draws import Draw, electrode_noise
+
+__all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy"]
+
+
+@dataclass(frozen=True)
+class StageDraw:
+    """All randomness of one stage for one batch; carries no graph.
+
+    Attributes:
+        gumbel: Gumbel noise of the choice (B, O) over the O operations.
+        soft: relaxed choice (B, O) at the policy the draw was made with.
+        rows: for each operation, the records (indices) that it was drawn for.
+        noise: each operation's own draw by name: for all B records if ``complete``,
+            else for its ``rows`` only.
+        complete: whether the gradient to the logits can be formed, which needs the
+            value of every operation on every record.
+
+    Examples:
+        >>> draw = TaskAugPolicy(num_stages=1).sample(torch.Size([6, 12, 100]))
+        >>> sum(len(rows) for rows in draw.stages[0].rows)
+        6
+    """
+
+    gumbel: Tensor
+    soft: Tensor
+    rows: tuple[Tensor, ...]
+    noise: Mapping[str, Tensor]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class PolicyDraw:
+    """The draws of all stages; applying it again gives the same bytes.
+
+    Attributes:
+        stages: one :class:`StageDraw` a stage, in order.
+
+    Examples:
+        >>> len(TaskAugPolicy(num_stages=2).sample(torch.Size([4, 12, 100])).stages)
+        2
+    """
+
+    stages: tuple[StageDraw, ...]
+
+
+class TaskAugPolicy(nn.Module):
+    """K stages, each of which applies one of the ECG operations to a record.
+
+    A stage draws an operation from a categorical distribution (Gumbel-max) and
+    applies it with a magnitude that depends on the record's class. The policy is
+    differentiable: magnitudes through the drawn operation, logits through the
+    straight-through estimator over ALL operations. A stage returns
+    ``sum_i w_i op_i(x)`` with ``w_i = onehot_i + (soft_i - soft_i at the draw)``; the
+    bracket is zero at the present logits, so exactly one operation is applied, and
+    its derivative weighs every operation by what it would have done. Operations that
+    were not drawn need values only, no graph.
+
+    A magnitude is stored as an unbounded number and mapped by a sigmoid onto its
+    operation's interval, so no step of an optimiser can leave the interval.
+
+    Args:
+        num_stages: number of stages K; 0 gives the policy that changes nothing.
+        temperature: temperature of the relaxed choice in the backward pass.
+        shared_magnitudes: use one magnitude for both classes (one parameter).
+        selection: draw an operation for each record ("sample") or one for the whole
+            batch ("batch", as the authors do; a noisier gradient).
+        sampling_rate: of the signals, hertz.
+        operations: names of the operations to choose from; default all of
+            :data:`~pyhealth.models.ecg_augmentations.AUGMENTATIONS`.
+        initial_magnitude: where the magnitudes start, as a share of their interval.
+        dropout_by: whether ``lead_dropout`` drops a "lead" or all leads of an
+            "electrode" (12 standard leads only).
+
+    Attributes:
+        logits: (K, O), unnormalised log-probabilities of the operations.
+        mag_neg: (K, O), unbounded magnitudes for label 0.
+        mag_pos: (K, O), those for label 1; the same parameter if shared.
+
+    Raises:
+        ValueError: if an argument is outside its range, or an operation is unknown.
+
+    Source:
+        Raghu et al., Data Augmentation for Electrocardiograms, CHIL 2022, section 4.
+        Departures: the logit gradient covers all operations, not only the drawn one;
+        one draw a record; bounded magnitudes without clamping.
+
+    Examples:
+        >>> policy = TaskAugPolicy(num_stages=2, sampling_rate=100)
+        >>> x, labels = torch.randn(4, 12, 1000), torch.tensor([0.0, 1.0, 0.0, 1.0])
+        >>> policy(x, labels).shape
+        torch.Size([4, 12, 1000])
+        >>> policy.probabilities()[0, 0].item()
+        0.125
+    """
+
+    def __init__(
+        self,
+        num_stages: int = 2,
+        temperature: float = 1.0,
+        shared_magnitudes: bool = False,
+        selection: Literal["sample", "batch"] = "sample",
+        sampling_rate: float = 250,
+        operations: Sequence[str] | None = None,
+        initial_magnitude: float = 0.5,
+        dropout_by: Literal["lead", "electrode"] = "lead",
+    ) -> None:
+        super().__init__()
+        if num_stages < 0:
+            raise ValueError(f"num_stages must be 0 or more, got {num_stages}.")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        if selection not in ("sample", "batch"):
+            raise ValueError(
+                f"selection must be 'sample' or 'batch', got {selection!r}."
+            )
+        if not sampling_rate > 0:
+            raise ValueError(f"sampling_rate must be positive, got {sampling_rate}.")
+        if not 0 < initial_magnitude < 1:
+            raise ValueError(
+                f"initial_magnitude must lie between 0 and 1, got {initial_magnitude}."
+            )
+        if dropout_by not in ("lead", "electrode"):
+            raise ValueError(
+                f"dropout_by must be 'lead' or 'electrode', got {dropout_by!r}."
+            )
+        self.num_stages = num_stages
+        self.temperature = temperature
+        self.shared_magnitudes = shared_magnitudes
+        self.selection = selection
+        self.sampling_rate = sampling_rate
+        self.initial_magnitude = initial_magnitude
+        self.dropout_by = dropout_by
+        self._operations = _operations(operations)
+
+        size = (num_stages, len(self._operations))
+        start = math.log(initial_magnitude / (1 - initial_magnitude))
+        self.logits = nn.Parameter(torch.zeros(size))
+        self.mag_neg = nn.Parameter(torch.full(size, start))
+        if shared_magnitudes:
+            self.mag_pos = self.mag_neg
+        else:
+            self.mag_pos = nn.Parameter(torch.full(size, start))
+        self.register_buffer(
+            "_low", torch.tensor([op.low for op in self._operations]), persistent=False
+        )
+        self.register_buffer(
+            "_high",
+            torch.tensor([op.high for op in self._operations]),
+            persistent=False,
+        )
+
+    @property
+    def op_names(self) -> tuple[str, ...]:
+        """Names of the operations, in the order of the logits' columns."""
+        return tuple(op.name for op in self._operations)
+
+    @property
+    def operations(self) -> tuple[Augmentation, ...]:
+        """The operations themselves, with range and unit, in the same order."""
+        return self._operations
+
+    def probabilities(self) -> Tensor:
+        """Return the probability of each operation (K, O), detached."""
+        return self.logits.detach().softmax(dim=-1)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return "neg" and "pos" magnitudes (K, O) in their own units, detached."""
+        return {
+            "neg": self._bounded(self.mag_neg.detach()),
+            "pos": self._bounded(self.mag_pos.detach()),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the policy as a table, one row a stage and operation."""
+        probability, magnitude = self.probabilities(), self.magnitudes()
+        return pd.DataFrame(
+            [
+                {
+                    "stage": stage,
+                    "operation": op.name,
+                    "probability": probability[stage, column].item(),
+                    "magnitude_neg": magnitude["neg"][stage, column].item(),
+                    "magnitude_pos": magnitude["pos"][stage, column].item(),
+                    "unit": op.unit,
+                }
+                for stage in range(self.num_stages)
+                for column, op in enumerate(self._operations)
+            ]
+        )
+
+    def randomize_(self, generator: torch.Generator | None = None) -> TaskAugPolicy:
+        """Set a random policy in place: normal logits, magnitudes anywhere in range.
+
+        Args:
+            generator: source of the randomness; torch's global one by default.
+
+        Returns:
+            The policy itself.
+        """
+        with torch.no_grad():
+            self.logits.copy_(torch.randn(self.logits.shape, generator=generator))
+            for magnitude in dict.fromkeys((self.mag_neg, self.mag_pos)):
+                share = torch.rand(magnitude.shape, generator=generator)
+                magnitude.copy_(torch.logit(share, eps=1e-3))
+        return self
+
+    def sample(
+        self,
+        shape: torch.Size,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        complete: bool = True,
+    ) -> PolicyDraw:
+        """Make every random number of one application, without a graph.
+
+        Args:
+            shape: shape of the signals, (B, C, T).
+            labels: classes (B,) or (B, 1); only their number is checked, since the
+                draw does not depend on the class.
+            generator: source of the randomness; torch's global one by default.
+            complete: draw for all operations on all records, which the gradient to
+                the logits needs; otherwise for the chosen operations only.
+
+        Returns:
+            A draw for :meth:`apply`.
+        """
+        if labels is not None:
+            _column_of_labels(labels, shape[0])
+        with torch.no_grad():
+            stages = [
+                self._sample_stage(stage, shape, generator, complete)
+                for stage in range(self.num_stages)
+            ]
+        return PolicyDraw(tuple(stages))
+
+    def apply(self, x: Tensor, labels: Tensor | None, draw: PolicyDraw) -> Tensor:
+        """Augment with a given draw: a deterministic function of the parameters.
+
+        Args:
+            x: signals (B, C, T).
+            labels: classes (B,) or (B, 1) in [0, 1]; may be None if the magnitudes
+                are shared. A value between 0 and 1 mixes the two magnitudes.
+            draw: from :meth:`sample`. Only a complete draw carries the gradient to
+                the logits.
+
+        Returns:
+            Augmented signals (B, C, T).
+        """
+        for stage, stage_draw in enumerate(draw.stages):
+            x = self._apply_stage(stage, x, labels, stage_draw)
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw and apply; carries gradient to the policy where gradients are on.
+
+        Args:
+            x: signals (B, C, T).
+            labels: classes (B,) or (B, 1), see :meth:`apply`.
+            generator: source of the randomness; torch's global one by default.
+
+        Returns:
+            Augmented signals (B, C, T).
+        """
+        complete = torch.is_grad_enabled()
+        draw = self.sample(x.shape, labels, generator, complete=complete)
+        return self.apply(x, labels, draw)
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a file that :meth:`load` reads.
+
+        Args:
+            path: file to write.
+        """
+        config = {
+            "num_stages": self.num_stages,
+            "temperature": self.temperature,
+            "shared_magnitudes": self.shared_magnitudes,
+            "selection": self.selection,
+            "sampling_rate": self.sampling_rate,
+            "operations": list(self.op_names),
+            "initial_magnitude": self.initial_magnitude,
+            "dropout_by": self.dropout_by,
+        }
+        torch.save({"config": config, "state": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskAugPolicy:
+        """Read a policy; a file that carries code is refused by torch.
+
+        Args:
+            path: file written by :meth:`save`.
+
+        Returns:
+            The policy, on the CPU.
+        """
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        policy = cls(**saved["config"])
+        policy.load_state_dict(saved["state"])
+        return policy
+
+    def extra_repr(self) -> str:
+        """Return the settings shown by ``repr``."""
+        return (
+            f"num_stages={self.num_stages}, operations={list(self.op_names)}, "
+            f"shared_magnitudes={self.shared_magnitudes}, "
+            f"selection={self.selection!r}, sampling_rate={self.sampling_rate}"
+        )
+
+    def _sample_stage(
+        self,
+        stage: int,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        complete: bool,
+    ) -> StageDraw:
+        records = shape[0] if self.selection == "sample" else 1
+        device = self.logits.device
+        source = device if generator is None else generator.device
+
+        def noise(draw: Draw, size: torch.Size) -> Tensor:
+            made = draw(
+                size, dtype=self.logits.dtype, device=source, generator=generator
+            )
+            return made.to(device)
+
+        uniform = torch.rand(
+            records, self.logits.shape[1], device=source, generator=generator
+        ).to(self.logits)
+        tiny = torch.finfo(uniform.dtype).tiny
+        gumbel = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+        gumbel = gumbel.expand(shape[0], -1)
+        chosen = (self.logits[stage] + gumbel).argmax(dim=-1)
+        rows = tuple(
+            (chosen == column).nonzero().squeeze(1)
+            for column in range(len(self._operations))
+        )
+        drawn = {
+            op.name: noise(
+                self._draw_of(op),
+                shape if complete else torch.Size([len(own), *shape[1:]]),
+            )
+            for op, own in zip(self._operations, rows, strict=True)
+            if complete or len(own)
+        }
+        return StageDraw(gumbel, self._soft(stage, gumbel), rows, drawn, complete)
+
+    def _apply_stage(
+        self, stage: int, x: Tensor, labels: Tensor | None, draw: StageDraw
+    ) -> Tensor:
+        magnitude = self._magnitude_of(stage, labels, len(x))
+        result = self._apply_chosen(x, magnitude, draw)
+        if not draw.complete:
+            return result
+        with torch.no_grad():
+            values = torch.stack(
+                [
+                    op.apply(x, magnitude[:, column], draw.noise[op.name], self.sampling_rate)
+                    for column, op in enumerate(self._operations)
+                ],
+                dim=1,
+            )
+        slope = self._soft(stage, draw.gumbel) - draw.soft  # zero at the draw
+        return result + torch.einsum("bo,boct->bct", slope.to(x.dtype), values)
+
+    def _apply_chosen(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
+        pieces = []
+        for column, (op, rows) in enumerate(
+            zip(self._operations, draw.rows, strict=True)
+        ):
+            if len(rows):
+                noise = draw.noise[op.name]
+                noise = noise[rows] if draw.complete else noise
+                pieces.append(
+                    op.apply(x[rows], magnitude[rows, column], noise, self.sampling_rate)
+                )
+        order = torch.cat(draw.rows).argsort()
+        return torch.cat(pieces)[order]
+
+    def _soft(self, stage: int, gumbel: Tensor) -> Tensor:
+        return ((self.logits[stage] + gumbel) / self.temperature).softmax(dim=-1)
+
+    def _magnitude_of(self, stage: int, labels: Tensor | None, records: int) -> Tensor:
+        """Return each record's magnitudes (B, O), in the operations' units."""
+        negative = self._bounded(self.mag_neg[stage])
+        if self.shared_magnitudes:
+            return negative.expand(records, -1)
+        if labels is None:
+            raise ValueError(
+                "A policy with class-specific magnitudes needs labels; pass them, or "
+                "build the policy with shared_magnitudes=True."
+            )
+        share = _column_of_labels(labels, records).to(negative)
+        positive = self._bounded(self.mag_pos[stage])
+        return torch.lerp(negative.expand(records, -1), positive, share)
+
+    def _bounded(self, unbounded: Tensor) -> Tensor:
+        return torch.lerp(self._low, self._high, unbounded.sigmoid())
+
+    def _draw_of(self, op: Augmentation) -> Draw:
+        by_electrode = op.name == "lead_dropout" and self.dropout_by == "electrode"
+        return electrode_noise if by_electrode else op.draw
+
+
+def _operations(names: Sequence[str] | None) -> tuple[Augmentation, ...]:
+    names = tuple(AUGMENTATIONS) if names is None else tuple(names)
+    unknown = [name for name in names if name not in AUGMENTATIONS]
+    if unknown or not names or len(set(names)) != len(names):
+        raise ValueError(
+            f"operations must be one or more different names of "
+            f"{list(AUGMENTATIONS)}, got {list(names)}."
+        )
+    return tuple(AUGMENTATIONS[name] for name in names)
+
+
+def _column_of_labels(labels: Tensor, records: int) -> Tensor:
+    if labels.numel() != records:
+        raise ValueError(
+            f"{records} records need {records} labels, got shape {tuple(labels.shape)}."
+        )
+    return labels.reshape(records, 1)

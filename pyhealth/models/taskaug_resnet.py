@@ -1,0 +1,255 @@
+"""A 1-D ResNet-18 for ECGs with a learnable augmentation policy in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..datasets import SampleDataset
+from .base_model import BaseModel
+from .taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
+
+__all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy", "TaskAugResNet"]
+
+
+class TaskAugResNet(BaseModel):
+    """ECG classifier: TaskAug policy, then a 1-D ResNet-18.
+
+    In training mode and with a label, a batch is augmented by the policy and then
+    classified; otherwise the raw signals are classified.
+
+    The forward pass hands the policy over without a graph, so no optimiser of the
+    training loss, PyHealth's ``Trainer`` included, can move it: with class-specific
+    magnitudes the training loss would teach it to write the label into the signal.
+    :class:`~pyhealth.bilevel.BiLevelTrainer` learns it from clean validation data.
+
+    Args:
+        dataset: samples with one signal input (leads, length) and one label.
+        num_leads: number of leads.
+        policy_stages: number of stages K of the policy; 0 for no augmentation.
+        temperature: of the policy's relaxed choice.
+        shared_magnitudes: one magnitude for both classes.
+        base_width: channels of the first stage; later ones have 2, 4, 8 times as many.
+        kernel_size: odd length of the convolutions, samples.
+        train_policy_jointly: let the training loss's gradient reach the policy, for
+            comparison only.
+        stem_kernel_size: odd length of the first convolution; default ``kernel_size``.
+        stem_pool: whether the stem ends in a max-pool of stride 2.
+        selection: "sample" or "batch", see :class:`TaskAugPolicy`.
+        sampling_rate: of the signals, hertz; default that of the dataset's
+            :class:`~pyhealth.processors.ecg_processor.ECGProcessor`.
+
+    Raises:
+        ValueError: if the dataset does not have one input and one label, the sampling
+            rate is neither given nor known, or an argument is outside its range.
+
+    Source:
+        Raghu et al., Data Augmentation for Electrocardiograms, CHIL 2022. Their
+        backbone is ``base_width=32, kernel_size=15, stem_pool=False``.
+
+    Examples:
+        >>> from pyhealth.datasets import create_sample_dataset
+        >>> samples = [
+        ...     {"patient_id": str(i), "ecg": torch.randn(12, 200).tolist(), "label": i}
+        ...     for i in range(2)
+        ... ]
+        >>> dataset = create_sample_dataset(
+        ...     samples, {"ecg": "tensor"}, {"label": "binary"}
+        ... )
+        >>> model = TaskAugResNet(dataset, base_width=4, sampling_rate=100)
+        >>> ecg, label = torch.randn(2, 12, 200), torch.tensor([[0.0], [1.0]])
+        >>> sorted(model(ecg=ecg, label=label))
+        ['logit', 'loss', 'y_prob', 'y_true']
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        num_leads: int = 12,
+        policy_stages: int = 2,
+        temperature: float = 1.0,
+        shared_magnitudes: bool = False,
+        base_width: int = 64,
+        kernel_size: int = 7,
+        train_policy_jointly: bool = False,
+        stem_kernel_size: int | None = None,
+        stem_pool: bool = True,
+        selection: str = "sample",
+        sampling_rate: float | None = None,
+    ) -> None:
+        super().__init__(dataset)
+        if len(self.feature_keys) != 1 or len(self.label_keys) != 1:
+            raise ValueError(
+                "TaskAugResNet takes one input and one label, got inputs "
+                f"{self.feature_keys} and labels {self.label_keys}."
+            )
+        self.feature_key = self.feature_keys[0]
+        self.label_key = self.label_keys[0]
+        self.train_policy_jointly = train_policy_jointly
+        #: Whether ``forward`` augments in training mode; a trainer that augments the
+        #: batches itself turns this off meanwhile.
+        self.augment = True
+        self.policy = TaskAugPolicy(
+            num_stages=policy_stages,
+            temperature=temperature,
+            shared_magnitudes=shared_magnitudes,
+            selection=selection,
+            sampling_rate=sampling_rate or self._dataset_rate(),
+        )
+        self.backbone = _ResNet1D(
+            num_leads,
+            self.get_output_size(),
+            base_width=base_width,
+            kernel_size=kernel_size,
+            stem_kernel_size=stem_kernel_size,
+            stem_pool=stem_pool,
+        )
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the policy's parameters by their full names."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("policy.")
+        }
+
+    def backbone_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the classifier's parameters by their full names."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("backbone.")
+        }
+
+    def forward(self, **kwargs: Tensor) -> dict[str, Tensor]:
+        """Classify a batch, augmented if training with labels.
+
+        Args:
+            **kwargs: the batch; its input (B, leads, length) and, optionally, its label
+                (B, 1) are looked up by the dataset's keys, other entries are ignored.
+
+        Returns:
+            "logit" (B, outputs) and "y_prob" (B, outputs); with a label also "loss"
+            (scalar) and "y_true" (B, outputs).
+        """
+        x = kwargs[self.feature_key].to(self.device)
+        label = kwargs.get(self.label_key)
+        if label is not None:
+            label = label.to(self.device)
+            if self.training and self.augment:
+                x = self._augmented(x, label)
+        logit = self.backbone(x)
+        result = {"logit": logit, "y_prob": self.prepare_y_prob(logit)}
+        if label is not None:
+            result["loss"] = self.get_loss_function()(logit, label)
+            result["y_true"] = label
+        return result
+
+    def _augmented(self, x: Tensor, label: Tensor) -> Tensor:
+        if self.train_policy_jointly:
+            return self.policy(x, label)
+        with torch.no_grad():
+            return self.policy(x, label)
+
+    def _dataset_rate(self) -> float:
+        processor = self.dataset.input_processors[self.feature_key]
+        rate = getattr(processor, "sampling_rate", None)
+        if rate is None:
+            raise ValueError(
+                f"{type(processor).__name__} of input {self.feature_key!r} states no "
+                "sampling rate; pass sampling_rate=... (hertz) to TaskAugResNet."
+            )
+        return rate
+
+
+class _ResNet1D(nn.Module):
+    """ResNet-18 (He et al. 2016) over time, leads as channels.
+
+    Args:
+        in_channels: number of leads.
+        num_outputs: number of logits.
+        base_width: channels of the first of the four stages.
+        kernel_size: odd length of the convolutions.
+        stem_kernel_size: odd length of the first convolution; default kernel_size.
+        stem_pool: whether a max-pool follows the first convolution.
+        blocks: residual blocks in each stage.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_outputs: int,
+        base_width: int = 64,
+        kernel_size: int = 7,
+        stem_kernel_size: int | None = None,
+        stem_pool: bool = True,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        stem_kernel_size = stem_kernel_size or kernel_size
+        for size in (kernel_size, stem_kernel_size):
+            if size < 1 or size % 2 == 0:
+                raise ValueError(f"A kernel must have an odd length, got {size}.")
+        stem = [
+            _convolution(in_channels, base_width, stem_kernel_size, stride=2),
+            nn.BatchNorm1d(base_width),
+            nn.ReLU(),
+        ]
+        if stem_pool:
+            stem.append(nn.MaxPool1d(kernel_size=3, stride=2, padding=1))
+        self.stem = nn.Sequential(*stem)
+        width, stages = base_width, []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                out = base_width * 2**stage
+                stride = 2 if stage and not block else 1
+                stages.append(_BasicBlock(width, out, kernel_size, stride))
+                width = out
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map signals (B, C, T) to logits (B, outputs)."""
+        return self.head(self.blocks(self.stem(x)).mean(dim=-1))
+
+
+class _BasicBlock(nn.Module):
+    """Two convolutions and a shortcut, which is projected where the shape changes."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_channels, out_channels, kernel_size, stride)
+        self.norm1 = nn.BatchNorm1d(out_channels)
+        self.conv2 = _convolution(out_channels, out_channels, kernel_size, stride=1)
+        self.norm2 = nn.BatchNorm1d(out_channels)
+        self.relu = nn.ReLU()
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = nn.Sequential(
+                _convolution(in_channels, out_channels, 1, stride),
+                nn.BatchNorm1d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.norm1(self.conv1(x)))
+        return self.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+def _convolution(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int
+) -> nn.Conv1d:
+    # No bias: the batch normalisation behind it would subtract it again, and its
+    # gradient, rounding noise, would upset Adam's second moment.
+    return nn.Conv1d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        bias=False,
+    )
