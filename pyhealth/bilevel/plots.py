@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics
@@ -31,10 +32,12 @@ __all__ = [
     "plot_roc_pr",
 ]
 
-STANDARD_LEADS = tuple("I II III aVR aVL aVF V1 V2 V3 V4 V5 V6".split())
+_LIMB_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF")
+STANDARD_LEADS = (*_LIMB_LEADS, "V1", "V2", "V3", "V4", "V5", "V6")
 
 Row = Mapping[str, float | None]
 History = Sequence[Row] | pd.DataFrame
+_Segment = tuple[int, int, str, int, int]
 PathLike = str | os.PathLike[str]
 
 _PIXELS_PER_MM = 6  # a whole number, so that the ECG grid falls on whole pixels
@@ -95,7 +98,7 @@ def plot_learning_curves(history: History, path: PathLike) -> Path:
         ax = figure.add_subplot(lines, columns, place)
         _style(ax, title, "epoch")
         ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for i, (key, label) in enumerate(keys.items()):
             if key not in drawn:
                 continue
@@ -159,8 +162,8 @@ def plot_policy(
     rows, epochs = _rows(history)
     found = (re.match(r"probability/(\d+)/", key) for row in rows for key in row)
     stages = sorted({int(match[1]) for match in found if match})
-    if not stages:
-        raise ValueError("The history has no 'probability/{stage}/{operation}' key.")
+    if not (stages and op_names):
+        raise ValueError("No 'probability/{stage}/{operation}' to plot.")
     if unknown := [op for op in op_names if op not in magnitude_ranges]:
         raise ValueError(f"magnitude_ranges lacks {unknown}: give (low, high, unit).")
     keys = [f"probability/{stage}/{op}" for stage in stages for op in op_names]
@@ -170,26 +173,27 @@ def plot_policy(
     p = p.reshape(len(stages), len(op_names), len(rows))
     uniform = 1 / len(op_names)
     # Symmetric about uniform: equal steps have equal colours on both sides. Never
-    # narrower than a fifth of uniform: rounding noise must not look learned.
-    reach = max(float(np.nanmax(np.abs(p - uniform))), uniform / 5)
+    # narrower than half of uniform: noise must not look learned.
+    reach = max(float(np.nanmax(np.abs(p - uniform))), uniform / 2)
     scale = {"cmap": "RdBu_r", "vmin": uniform - reach, "vmax": uniform + reach}
     middles = (epochs[1:] + epochs[:-1]) / 2
     edges = np.array([epochs[0] - 0.5, *middles, epochs[-1] + 0.5])
+    heights = np.arange(len(op_names) + 1) - 0.5
     figure = _figure(13, 0.3 + len(stages) * (1.2 + 0.42 * len(op_names)))
     axes = figure.subplots(len(stages), 2, squeeze=False, sharey=True)
     for (left, right), stage, values in zip(axes, stages, p, strict=True):
-        _style(left, f"Stage {stage}: probability of each operation", "epoch")
+        _style(left, f"Stage {stage}: probability", "epoch")
         left.set_facecolor("#BBBBBB")  # what a missing value shows
-        mesh = left.pcolormesh(edges, np.arange(len(op_names) + 1) - 0.5, values, **scale)
+        mesh = left.pcolormesh(edges, heights, values, **scale)
         left.grid(False)
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         left.set_yticks(range(len(op_names)), op_names)
         left.set_ylim(len(op_names) - 0.5, -0.5)
-        left.set_title(f"epoch {epochs[-1]:g}", loc="right", fontsize=10)
+        _beside(left, -0.75, f"epoch {epochs[-1]:g}")
         for y, value in enumerate(values[:, -1]):
             _beside(left, y, f"{value:.3f}")
         _magnitude_panel(right, rows[-1], stage, op_names, magnitude_ranges)
-    bar = figure.colorbar(mesh, ax=axes[:, 0], location="left", aspect=30)
+    bar = figure.colorbar(mesh, ax=axes[:, 0], location="left", shrink=0.7, aspect=30)
     bar.ax.set_ylim(max(0, uniform - reach), min(1, uniform + reach))
     text = f"probability (white: uniform, {uniform:.3f}; full colour: ± {reach:.3f})"
     bar.set_label(text, fontsize=10)
@@ -235,14 +239,18 @@ def plot_roc_pr(
         if not (np.isin(y, (0, 1)).all() and np.isfinite(score).all()):
             raise ValueError(f"{name}: labels must be 0 or 1, and scores finite.")
         if np.unique(y).size != 2:
-            found = f"{int(y.sum())} positives in {y.size} labels"
-            raise ValueError(f"{name}: AUROC needs both classes, not one class; {found}.")
-        line = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
+            found = f"one class only ({int(y.sum())} positives in {y.size})"
+            raise ValueError(f"{name}: y_true holds {found}; both are needed.")
+        colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)]
+        line = {"color": colour, "linestyle": dash, "linewidth": 1.8}
         area = f"{metrics.roc_auc_score(y, score):.3f} (n = {y.size})"
         false_rate, true_rate, _ = metrics.roc_curve(y, score)
         roc.plot(false_rate, true_rate, label=f"{name}: AUROC {area}", **line)
         area = f"{metrics.average_precision_score(y, score):.3f} (n = {y.size})"
         precision, recall, _ = metrics.precision_recall_curve(y, score)
+        some = recall > 0  # precision at recall 0 is a matter of taste: extend to it
+        recall, precision = np.append(recall[some], 0), precision[some]
+        precision = np.append(precision, precision[-1])
         pr.step(recall, precision, where="post", label=f"{name}: AUPRC {area}", **line)
         chances[f"{y.mean():.3f}"] = float(y.mean())
     dotted = {"color": _GREY, "linestyle": ":", "linewidth": 1}
@@ -250,7 +258,7 @@ def plot_roc_pr(
     for text, chance in chances.items():
         pr.axhline(chance, label=f"chance: AUPRC {text} (share of positives)", **dotted)
     for ax in (roc, pr):
-        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=10)
     return _write(figure, path)
 
@@ -306,11 +314,13 @@ def plot_ecg(
         raise ValueError(f"{len(stack)} signals need as many titles; found {titles}.")
     margin, step = 10.0, _MM_PER_SECOND / sampling_rate  # mm: pulse, one sample
     segments = _segments(lead_names, stack.shape[-1])
-    rows = segments[-1].row + 1
-    above, below, labels = np.full(rows, _MM_PER_UNIT), np.zeros(rows), []
+    rows = segments[-1][0] + 1
+    above, below = np.full(rows, _MM_PER_UNIT), np.zeros(rows)
+    labels: list[float] = []  # heights above the baseline
     for row, lead, _, start, stop in segments:
         part = _MM_PER_UNIT * np.nan_to_num(stack[:, lead, start:stop])
-        labels.append(max(2.0, part[:, : int(10 / step) + 1].max()) + 1)  # clear of trace
+        near = part[:, : int(10 / step) + 1]  # what a label must stay clear of
+        labels.append(max(2.0, near.max()) + 1)
         above[row] = max(above[row], part.max(), labels[-1] + 3)
         below[row] = max(below[row], -part.min())
     # Baselines lie on thick lines, the last row's lowest; a row stands as high above
@@ -326,7 +336,7 @@ def plot_ecg(
             f"{np.nanmin(stack):.4g} to {np.nanmax(stack):.4g} at 10 mm per {unit}. "
             f"Are they in another unit?"
         )
-    figure, ax = _ecg_paper(width, height)
+    figure, ax = _ecg_paper(width, height, 10.0 if suptitle else 5.0)
     for i, (signal, title, look) in enumerate(zip(stack, titles, _INKS, strict=False)):
         for row, lead, _, start, stop in segments:
             x = margin + step * np.arange(start, stop)
@@ -336,7 +346,7 @@ def plot_ecg(
             ax.plot([], [], label=title, **look)
     for (row, _, name, start, _), label in zip(segments, labels, strict=True):
         x, y = margin + step * start, baselines[row]
-        ax.text(x + 1, y + label, name, fontsize=10, fontweight="bold", zorder=6)
+        ax.text(x + 1.5, y + label, name, fontsize=10, fontweight="bold", zorder=6)
         if start:  # where one lead ends and the next one starts
             ax.plot([x, x], [y - 2, y + 2], color="black", lw=1.2)
     for y in baselines:
@@ -348,8 +358,8 @@ def plot_ecg(
     ax.text(0, height + 2.5, suptitle or "", fontsize=12, fontweight="bold")
     if any(titles):
         corner = {"bbox_to_anchor": (width, -1), "bbox_transform": ax.transData}
-        ax.legend(loc="upper right", ncols=3, fontsize=10, frameon=False,
-                  borderpad=0, borderaxespad=0.3, **corner)
+        pads = {"frameon": False, "borderpad": 0, "borderaxespad": 0.3}
+        ax.legend(loc="upper right", ncols=3, fontsize=10, **corner, **pads)
     return _write(figure, path)
 
 
@@ -357,7 +367,7 @@ def _write(figure: Figure, path: PathLike) -> Path:
     """Render in memory, then write: an error while drawing leaves no file."""
     target = Path(path)
     if target.suffix.lower() != ".png":
-        raise ValueError(f"{target.name!r}: a picture is a PNG; end the path in '.png'.")
+        raise ValueError(f"{target.name!r}: pictures are PNG; end it in '.png'.")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -367,7 +377,8 @@ def _write(figure: Figure, path: PathLike) -> Path:
 
 def _figure(width: float, height: float) -> Figure:
     """An empty white figure; width and height in inches."""
-    return Figure((width, height), dpi=_DPI, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return Figure((width, height), dpi=_DPI, layout=layout, facecolor="white")
 
 
 def _style(ax: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
@@ -389,14 +400,14 @@ def _beside(ax: Axes, y: float, text: str) -> None:
 
 def _rows(history: History) -> tuple[list[Row], NDArray[np.float64]]:
     """The history as a list of dicts, and its epochs, which must increase."""
-    frame = isinstance(history, pd.DataFrame)
-    rows = history.to_dict("records") if frame else list(history)
+    if isinstance(history, pd.DataFrame):
+        history = history.to_dict("records")
+    rows = list(history)
     if not rows:
         raise ValueError("The history is empty: there is no epoch to plot.")
     epochs = _column(rows, "epoch")
     if not (np.isfinite(epochs).all() and (np.diff(epochs) > 0).all()):
-        found = f"found {epochs.tolist()}"
-        raise ValueError(f"Every row needs an 'epoch', and they must increase; {found}.")
+        raise ValueError(f"Rows need an 'epoch' that increases: {epochs.tolist()}.")
     return rows, epochs
 
 
@@ -414,17 +425,17 @@ def _magnitude_panel(
     ranges: Mapping[str, tuple[float, float, str]],
 ) -> None:
     """Draw each operation's magnitude of either class on a bar of its own range."""
-    _style(ax, "Magnitude within the operation's range", "")
+    _style(ax, "Magnitude in its range", "")
     ax.grid(False)
     ax.set(xlim=(-0.12, 1.12), xticks=[])
     ax.tick_params(axis="y", left=False, labelleft=False)
     ax.spines[:].set_visible(False)
-    markers = {}
+    markers: dict[str, Line2D] = {}
     for y, op in enumerate(op_names):
         (low, high, unit), texts = ranges[op], []
         if high > low:
             ax.barh(y, 1, height=0.66, color="#EFEFEF", edgecolor="#BBBBBB")
-            for x, side, end in ((-0.02, "right", low), (1.02, "left", high)):
+            for x, side, end in ((-0.03, "right", low), (1.03, "left", high)):
                 ax.text(x, y, f"{end:g}", ha=side, va="center", fontsize=9, color=_GREY)
             for kind, marker, colour, shift in _CLASSES:
                 value = _column([last], f"magnitude_{kind}/{stage}/{op}")[0]
@@ -432,32 +443,26 @@ def _magnitude_panel(
                 look = {"color": colour, "markeredgecolor": "white", "markersize": 8}
                 markers[kind] = ax.plot(x, y + shift, marker, **look)[0]
                 texts.append(f"{value:.3g}")
-        _beside(ax, y, " / ".join(texts) + f" {unit}" if texts else "–")
+        _beside(ax, y, " / ".join(texts) + f" {unit}" if texts else "\N{EN DASH}")
+    _beside(ax, -0.75, "class 0 / class 1")
     place = {"loc": "upper right", "bbox_to_anchor": (1, 0), "ncols": 2}
     ax.legend([*markers.values()], ["class 0", "class 1"], fontsize=10, **place)
 
 
-class _Segment(NamedTuple):
-    """A lead's place on the page: row, index, name and samples from start to stop."""
-
-    row: int
-    lead: int
-    name: str
-    start: int
-    stop: int
-
-
 def _segments(lead_names: Sequence[str], samples: int) -> list[_Segment]:
-    """The clinical 3 x 4 page with a rhythm strip, or one strip a lead."""
+    """The clinical 3 x 4 page with a rhythm strip, or one strip a lead.
+
+    A segment is (row, index of the lead, name, first sample, sample after the last).
+    """
     place = {name.upper(): lead for lead, name in enumerate(lead_names)}
     if len(lead_names) != 12 or set(place) != {n.upper() for n in STANDARD_LEADS}:
-        return [_Segment(i, i, name, 0, samples) for i, name in enumerate(lead_names)]
+        return [(i, i, name, 0, samples) for i, name in enumerate(lead_names)]
     cuts = [round(quarter * samples / 4) for quarter in range(5)]
     page = [
-        _Segment(i % 3, place[name.upper()], name, cuts[i // 3], cuts[i // 3 + 1])
+        (i % 3, place[name.upper()], name, cuts[i // 3], cuts[i // 3 + 1])
         for i, name in enumerate(STANDARD_LEADS)
     ]
-    return [*page, _Segment(3, place["II"], "II", 0, samples)]
+    return [*page, (3, place["II"], "II", 0, samples)]
 
 
 def _checked_signals(
@@ -477,24 +482,25 @@ def _checked_signals(
             f"The signals have {leads} leads but there are {len(lead_names)} "
             f"lead_names {list(lead_names)}: pass one name a lead."
         )
-    if samples == 0 or not rate > 0 or samples / rate > _MAX_SECONDS:
+    if samples < 4 or not rate > 0 or samples / rate > _MAX_SECONDS:
         raise ValueError(
-            f"{samples} samples at {rate} Hz do not fit a page of up to "
-            f"{_MAX_SECONDS:g} s: check sampling_rate, or cut a window first."
+            f"{samples} samples at {rate} Hz do not fit a page (4 samples to "
+            f"{_MAX_SECONDS:g} s): check sampling_rate, or cut a window first."
         )
     return np.where(np.isfinite(arrays), arrays, np.nan)
 
 
-def _ecg_paper(width: float, height: float) -> tuple[Figure, Axes]:
+def _ecg_paper(width: float, height: float, head: float) -> tuple[Figure, Axes]:
     """Pink paper in a white frame; the unit of the axes is a millimetre of paper."""
-    page_width, page_height = width + 10, height + 19  # 5 left, 5 right, 9 below
+    page_width, page_height = width + 10, height + 9 + head
     figure = Figure(
         (page_width / 25.4, page_height / 25.4), dpi=_DPI, facecolor="white"
     )
     box = (5 / page_width, 9 / page_height, width / page_width, height / page_height)
     ax = figure.add_axes(box, xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.set_facecolor("#FFF8F8")
-    ax.tick_params(length=0, labelbottom=False, labelleft=False)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_color("#EFA3AB")
     for every, colour, line in ((1, "#F9D3D6", 0.4), (5, "#EFA3AB", 0.8)):
         style = {"colors": colour, "lw": line, "zorder": every / 10}
         ax.vlines(np.arange(0, width + 1, every), 0, height, **style)

@@ -1,0 +1,392 @@
+"""The overlay installs beside an untouched PyHealth and goes without a trace.
+
+Nothing here uses a network. Wheel and editable install are real ones, each into a new
+virtual environment that holds its own copy of PyHealth (7 MB) and sees the large
+dependencies of the environment that runs the tests through links.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "pyhealth").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+# "pyhealth/bilevel/__init__.py" is the module pyhealth.bilevel.
+MODULES = sorted(
+    path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for path in OURS
+    if path.endswith(".py")
+)
+
+# Prints where each module of argv would be imported from. Packages are located but not
+# run: PyHealth's own take up to ten seconds each. Only pyhealth itself is imported.
+LOCATE = """
+import importlib.util, json, sys
+import pyhealth
+
+def locate(name):
+    parent = name.rpartition(".")[0]
+    if parent and parent not in sys.modules:
+        spec = locate(parent)
+        if spec is None:
+            return None
+        sys.modules[parent] = importlib.util.module_from_spec(spec)
+    return importlib.util.find_spec(name)
+
+specs = {name: locate(name) for name in ["pyhealth.datasets", *sys.argv[1:]]}
+print(json.dumps({name: spec and spec.origin for name, spec in specs.items()}))
+"""
+
+
+def run(*command, cwd, **env):
+    """Run a command in a bare environment and return its output; fail with it."""
+    bare = {
+        "PATH": os.defpath,
+        "HOME": str(cwd),  # PyHealth makes ~/.cache/pyhealth
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        # Else an import would write byte-code into the PyHealth that is compared.
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=bare | env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def copy_of_the_project(target):
+    """Copy what a build reads, so that it leaves nothing in the checkout."""
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, target)
+    for name in OURS:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The project's wheel, built once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = copy_of_the_project(folder / "source")
+    pip_wheel = ("pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder)
+    run(sys.executable, "-m", *pip_wheel, source, cwd=folder)
+    (path,) = folder.glob("pyhealth_taskaug-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def record():
+    """The files that PyHealth's own distribution says it installed."""
+    return {path.as_posix() for path in importlib.metadata.files("pyhealth")}
+
+
+def wheel_files(wheel):
+    """The wheel's files that land outside its own dist-info folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    return {name for name in names if ".dist-info/" not in name}
+
+
+def test_the_wheel_holds_every_file_of_the_overlay_and_no_other(wheel):
+    assert wheel_files(wheel) == OURS
+
+
+def test_no_file_of_the_overlay_overwrites_one_of_pyhealth(wheel, record):
+    assert "pyhealth/datasets/__init__.py" in record  # the right RECORD was read
+    assert not (OURS | wheel_files(wheel)) & record
+
+
+def test_folders_of_pyhealth_get_no_init_file(wheel, record):
+    folders = {name.rpartition("/")[0] for name in record}
+    inits = {
+        name for name in OURS | wheel_files(wheel) if name.endswith("/__init__.py")
+    }
+    assert inits == {"pyhealth/bilevel/__init__.py"}
+    assert not {name.rpartition("/")[0] for name in inits} & folders
+
+
+def test_the_requirement_is_the_pyhealth_the_files_were_compared_with():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    compared = importlib.metadata.version("pyhealth")
+    assert f"pyhealth=={compared}" in project["dependencies"]
+
+
+def site_packages(environment):
+    """The folder that packages of a virtual environment lie in."""
+    base = {"base": str(environment), "platbase": str(environment)}
+    return Path(sysconfig.get_path("purelib", "venv", vars=base))
+
+
+def link_dependencies(site):
+    """Link every installed package except PyHealth and this project into ``site``.
+
+    Links rather than a .pth line: pip would otherwise see the editable install of this
+    project in the outer environment and refuse to install a second one.
+    """
+    outer = [
+        Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))
+    ]
+    for entry in (entry for folder in outer for entry in folder.iterdir()):
+        ours = entry.name.startswith(("pyhealth", "__editable__"))
+        start_up = entry.suffix == ".pth" or entry.name == "__pycache__"
+        if not ours and not start_up and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with a copy of PyHealth, without this project."""
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True)
+    site = site_packages(folder)
+    for path in importlib.metadata.files("pyhealth"):
+        source = Path(path.locate())
+        if ".." not in path.parts and source.is_file():
+            (site / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, site / path)  # with its time: byte-code stays valid
+    link_dependencies(site)
+    return folder
+
+
+def snapshot(site):
+    """Hash every file of PyHealth's folder and of its metadata."""
+    return {
+        path.relative_to(site).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in ("pyhealth", "pyhealth-2.1.0.dist-info")
+        for path in (site / folder).rglob("*")
+        if path.is_file()
+    }
+
+
+def locate(python, cwd):
+    """Where ``python`` would import our modules from: one path or None for each."""
+    found = json.loads(run(python, "-c", LOCATE, *MODULES, cwd=cwd))
+    package = Path(found.pop("pyhealth.datasets"))
+    assert package.resolve().is_relative_to(site_packages(python.parents[1]).resolve())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_an_install_works_and_leaves_pyhealth_whole(
+    editable, environment, wheel, tmp_path
+):
+    python, site = environment / "bin" / "python", site_packages(environment)
+    source = copy_of_the_project(tmp_path / "source")
+    before = snapshot(site)
+    absent = dict.fromkeys(MODULES)
+    assert locate(python, tmp_path) == absent
+
+    what = ("--no-build-isolation", "--editable", source) if editable else (wheel,)
+    run(python, "-m", "pip", "install", "--no-deps", *what, cwd=tmp_path)
+
+    home = (source if editable else site).resolve()
+    found = locate(python, tmp_path)
+    assert {"pyhealth.datasets.ptbxl", "pyhealth.bilevel"} <= found.keys()
+    paths = (Path(path).resolve() for path in found.values())
+    places = {path.relative_to(home).as_posix() for path in paths}
+    assert places == {path for path in OURS if path.endswith(".py")}
+    assert (home / "pyhealth/datasets/configs/ptbxl.yaml").is_file()
+    run(python, "-c", "import pyhealth.bilevel", cwd=tmp_path)
+    # PyHealth's files are as they were, and the new ones are ours and their byte-code.
+    now = snapshot(site)
+    assert {name: now.get(name) for name in before} == before
+    added = {name for name in now.keys() - before.keys() if "__pycache__" not in name}
+    assert added == (set() if editable else OURS)
+
+    run(python, "-m", "pip", "uninstall", "--yes", "pyhealth-taskaug", cwd=tmp_path)
+    assert snapshot(site) == before
+    assert not (site / "pyhealth/bilevel").exists()
+    assert locate(python, tmp_path) == absent
+
+
+@pytest.mark.parametrize(
+    "start", [("-c", "import probe"), ("-m", "probe"), ("probe.py",)]
+)
+def test_the_checkout_on_the_path_does_not_hide_pyhealth(start, tmp_path):
+    """Python started in the checkout has its pyhealth/, a mere folder, in front."""
+    (tmp_path / "pyhealth/datasets").mkdir(parents=True)
+    report = "import sys, pyhealth\nprint(sys.path[0])\nprint(pyhealth.__file__)\n"
+    (tmp_path / "probe.py").write_text(report)
+    first, origin = run(sys.executable, *start, cwd=tmp_path).splitlines()
+    assert Path(tmp_path / first).resolve() == tmp_path.resolve()
+    installed = importlib.metadata.distribution("pyhealth").locate_file("pyhealth")
+    assert Path(origin).parent.resolve() == Path(installed).resolve()
+    assert not (ROOT / "pyhealth/__init__.py").exists()
+
+
+# The Makefile's set-up, with stubs for the interpreters: nothing is installed.
+
+STUB = """#!/bin/sh
+case "$1 $2" in
+"-c "*) echo {version} "$0"; exit {status} ;;
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip") echo "$*" >>"{folder}/installs"; test ! -e "{folder}/offline" ;;
+esac
+"""
+UV_STUB = """#!/bin/sh
+case "$1" in
+venv) for last; do :; done; mkdir -p "$last/bin"; cp "$5" "$last/bin/python" ;;
+pip) echo "uv $*" >>"{folder}/installs" ;;
+esac
+"""
+
+
+class Checkout:
+    """A folder with the Makefile and a PATH whose interpreters are stubs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.stubs = folder / "stubs"
+        (folder / "pyhealth").mkdir()
+        (folder / "home").mkdir()
+        for name in ("Makefile", "setup.py", "pyproject.toml"):
+            shutil.copy2(ROOT / name, folder)
+        for name in ("python3.13", "python3.12", "python3"):
+            self.stub(self.stubs / name, version="3.9")
+        self.stub(self.stubs / "uv", "#!/bin/sh\nexit 1\n")
+
+    def stub(self, path, text=STUB, version="3.9", status=0):
+        """Write a stub; with a status it fails as an unselected pyenv version does."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = text.format(folder=self.folder, version=version, status=status)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def make(self, *arguments):
+        """Run make here with the stubs in front on PATH."""
+        return subprocess.run(
+            [shutil.which("make"), *arguments],
+            cwd=self.folder,
+            env={
+                "PATH": f"{self.stubs}:{os.defpath}",
+                "HOME": str(self.folder / "home"),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def installs(self):
+        """The install commands so far."""
+        log = self.folder / "installs"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A stubbed checkout; without make there is no Makefile to test."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not on PATH")
+    return Checkout(tmp_path)
+
+
+def test_make_says_what_is_missing_when_no_interpreter_fits(checkout):
+    done = checkout.make("demo")
+    assert done.returncode != 0
+    assert "no Python 3.12 or 3.13 found" in done.stderr
+    assert "make demo PYTHON=/path/to/python3.13" in done.stderr
+    assert not (checkout.folder / ".venv").exists()
+    assert not checkout.installs()
+
+
+@pytest.mark.parametrize(
+    "fitting",
+    ["stubs/python3.12", "stubs/python3", "home/.pyenv/versions/3.13.1/bin/python"],
+)
+def test_make_passes_over_interpreters_that_do_not_run(checkout, fitting):
+    checkout.stub(checkout.stubs / "python3.13", version="3.13", status=127)
+    checkout.stub(checkout.folder / fitting, version="3.12")
+    done = checkout.make("venv")
+    assert done.returncode == 0, done.stderr
+    assert fitting.rpartition("/")[2] in done.stdout
+    assert len(checkout.installs()) == 1
+
+
+def test_make_uses_uv_where_it_runs(checkout):
+    checkout.stub(checkout.stubs / "python3.13", version="3.13")
+    checkout.stub(checkout.stubs / "uv", UV_STUB)
+    assert checkout.make("venv").returncode == 0
+    (install,) = checkout.installs()
+    assert install.startswith("uv pip install")
+    assert "--compile-bytecode -e .[test]" in install
+
+
+def test_make_installs_once_and_again_when_the_requirements_change(checkout):
+    checkout.stub(checkout.stubs / "python3.13", version="3.13")
+    (checkout.folder / "build").mkdir()
+    assert checkout.make("venv").returncode == 0
+    assert checkout.make("venv").returncode == 0
+    assert len(checkout.installs()) == 1
+    assert not (checkout.folder / "build").exists()
+    stamp = checkout.folder / ".venv/.installed"
+    later = stamp.stat().st_mtime + 10
+    os.utime(checkout.folder / "pyproject.toml", (later, later))
+    os.utime(stamp, (later - 5, later - 5))
+    kept = checkout.folder / ".venv/kept"
+    kept.touch()
+    assert checkout.make("venv").returncode == 0
+    assert len(checkout.installs()) == 2
+    assert kept.exists()  # brought up to date in place
+
+
+def test_make_repairs_an_interrupted_install(checkout):
+    checkout.stub(checkout.stubs / "python3.13", version="3.13")
+    (checkout.folder / "offline").touch()
+    assert checkout.make("venv").returncode != 0
+    half = checkout.folder / ".venv/lib/half"
+    half.mkdir(parents=True)
+    (checkout.folder / "offline").unlink()
+    assert checkout.make("venv").returncode == 0
+    assert not half.exists()
+    assert len(checkout.installs()) == 2
+
+
+@pytest.mark.parametrize("harm", ["moved checkout", "lost interpreter"])
+def test_make_replaces_an_environment_that_no_longer_fits(checkout, harm):
+    checkout.stub(checkout.stubs / "python3.13", version="3.13")
+    assert checkout.make("venv").returncode == 0
+    old = checkout.folder / ".venv/old"
+    old.touch()
+    if harm == "moved checkout":
+        (checkout.folder / ".venv/.installed").write_text("/elsewhere\n")
+    else:
+        (checkout.folder / ".venv/bin/python").unlink()
+    assert checkout.make("venv").returncode == 0
+    assert not old.exists()
+    assert len(checkout.installs()) == 2
+
+
+def test_make_installs_into_an_environment_made_by_hand(checkout):
+    checkout.stub(checkout.folder / ".venv/bin/python", version="3.13")
+    theirs = checkout.folder / ".venv/theirs"
+    theirs.touch()
+    assert checkout.make("venv").returncode == 0
+    assert theirs.exists()
+    assert len(checkout.installs()) == 1
