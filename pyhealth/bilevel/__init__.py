@@ -2,5 +2,6 @@
 
 from .hypergradient import hypergradient
 from .inner_step import inner_step_of
+from .trainer import BiLevelTrainer
 
-__all__ = ["hypergradient", "inner_step_of"]
+__all__ = ["BiLevelTrainer", "hypergradient", "inner_step_of"]

@@ -23,8 +23,7 @@ class StageDraw:
     """All randomness of one stage for one batch; carries no graph.
 
     Attributes:
-        gumbel: Gumbel noise of the choice (B, O) over the O operations.
-        soft: relaxed choice (B, O) at the policy the draw was made with.
+        soft: probabilities (O,) of the O operations when the draw was made.
         rows: for each operation, the records (indices) that it was drawn for.
         noise: each operation's own draw by name: for all B records if ``complete``,
             else for its ``rows`` only.
@@ -37,7 +36,6 @@ class StageDraw:
         6
     """
 
-    gumbel: Tensor
     soft: Tensor
     rows: tuple[Tensor, ...]
     noise: Mapping[str, Tensor]
@@ -69,14 +67,17 @@ class TaskAugPolicy(nn.Module):
     ``sum_i w_i op_i(x)`` with ``w_i = onehot_i + (soft_i - soft_i at the draw)``; the
     bracket is zero at the present logits, so exactly one operation is applied, and
     its derivative weighs every operation by what it would have done. Operations that
-    were not drawn need values only, no graph.
+    were not drawn need values only, no graph. ``soft`` is the plain softmax: where a
+    loss is nearly linear in the operations' effects its mean over draws is the true
+    gradient, while the softmax with the draw's Gumbel noise is too short by a third.
 
     A magnitude is stored as an unbounded number and mapped by a sigmoid onto its
     operation's interval, so no step of an optimiser can leave the interval.
 
     Args:
         num_stages: number of stages K; 0 gives the policy that changes nothing.
-        temperature: temperature of the relaxed choice in the backward pass.
+        temperature: of the softmax in the backward pass; 1 gives the true slope of the
+            probabilities, which are the softmax at 1 in any case.
         shared_magnitudes: use one magnitude for both classes (one parameter).
         selection: draw an operation for each record ("sample") or one for the whole
             batch ("batch", as the authors do; a noisier gradient).
@@ -98,7 +99,8 @@ class TaskAugPolicy(nn.Module):
     Source:
         Raghu et al., Data Augmentation for Electrocardiograms, CHIL 2022, section 4.
         Departures: the logit gradient covers all operations, not only the drawn one;
-        one draw a record; bounded magnitudes without clamping.
+        one draw a record; the plain softmax in the backward pass; bounded magnitudes
+        without clamping.
 
     Examples:
         >>> policy = TaskAugPolicy(num_stages=2, sampling_rate=100)
@@ -350,8 +352,7 @@ class TaskAugPolicy(nn.Module):
         ).to(self.logits)
         tiny = torch.finfo(uniform.dtype).tiny
         gumbel = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
-        gumbel = gumbel.expand(shape[0], -1)
-        chosen = (self.logits[stage] + gumbel).argmax(dim=-1)
+        chosen = (self.logits[stage] + gumbel).argmax(dim=-1).expand(shape[0])
         rows = tuple(
             (chosen == column).nonzero().squeeze(1)
             for column in range(len(self._operations))
@@ -364,7 +365,7 @@ class TaskAugPolicy(nn.Module):
             for op, own in zip(self._operations, rows, strict=True)
             if complete or len(own)
         }
-        return StageDraw(gumbel, self._soft(stage, gumbel), rows, drawn, complete)
+        return StageDraw(self._soft(stage), rows, drawn, complete)
 
     def _apply_stage(
         self, stage: int, x: Tensor, labels: Tensor | None, draw: StageDraw
@@ -376,13 +377,15 @@ class TaskAugPolicy(nn.Module):
         with torch.no_grad():
             values = torch.stack(
                 [
-                    op.apply(x, magnitude[:, column], draw.noise[op.name], self.sampling_rate)
+                    op.apply(
+                        x, magnitude[:, column], draw.noise[op.name], self.sampling_rate
+                    )
                     for column, op in enumerate(self._operations)
                 ],
                 dim=1,
             )
-        slope = self._soft(stage, draw.gumbel) - draw.soft  # zero at the draw
-        return result + torch.einsum("bo,boct->bct", slope.to(x.dtype), values)
+        slope = self._soft(stage) - draw.soft  # zero at the draw
+        return result + torch.einsum("o,boct->bct", slope.to(x.dtype), values)
 
     def _apply_chosen(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
         pieces = []
@@ -393,13 +396,15 @@ class TaskAugPolicy(nn.Module):
                 noise = draw.noise[op.name]
                 noise = noise[rows] if draw.complete else noise
                 pieces.append(
-                    op.apply(x[rows], magnitude[rows, column], noise, self.sampling_rate)
+                    op.apply(
+                        x[rows], magnitude[rows, column], noise, self.sampling_rate
+                    )
                 )
         order = torch.cat(draw.rows).argsort()
         return torch.cat(pieces)[order]
 
-    def _soft(self, stage: int, gumbel: Tensor) -> Tensor:
-        return ((self.logits[stage] + gumbel) / self.temperature).softmax(dim=-1)
+    def _soft(self, stage: int) -> Tensor:
+        return (self.logits[stage] / self.temperature).softmax(dim=-1)
 
     def _magnitude_of(self, stage: int, labels: Tensor | None, records: int) -> Tensor:
         """Return each record's magnitudes (B, O), in the operations' units."""

@@ -1,0 +1,387 @@
+"""PTB-XL, a large public set of twelve-lead ECGs, and its splits."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import narwhals as nw
+import pandas as pd
+import polars as pl
+
+from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
+
+from ..processors.base_processor import FeatureProcessor
+from ..tasks import BaseTask
+from .base_dataset import BaseDataset
+from .ptbxl_splits import CohortSplit, RecordSplit, StratFoldSplit
+from .sample_dataset import SampleDataset
+from .splitter import Split
+
+__all__ = [
+    "CohortSplit",
+    "PTBXLDataset",
+    "StratFoldSplit",
+    "diagnostic_classes",
+    "parse_scp_codes",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Column of the published table that holds a record's path, by sampling rate in hertz.
+PATH_COLUMNS = {100: "filename_lr", 500: "filename_hr"}
+#: In PTB-XL an age of 300 stands for 90 years or more.
+CENSORED_AGE = 300
+#: Longer than any published entry by far; longer ones are not parsed.
+MAX_SCP_CHARACTERS = 10_000
+
+
+class PTBXLDataset(BaseDataset):
+    """PTB-XL: 21,799 twelve-lead, ten-second ECGs of 18,869 patients (version 1.0.3).
+
+    One event a record, of type "ptbxl"; signals stay on disk until a processor reads
+    them. ``root`` holds the published ``ptbxl_database.csv`` and ``scp_statements.csv``
+    as they are, and ``records100/`` or ``records500/``; nothing is written to it, and
+    any subset of rows will do.
+
+    Event attributes: ecg_id, record_path (without suffix), sampling_rate (Hz), age
+    (years; missing stays missing, 300 stands for 90 or over and sets
+    age_is_censored), sex (0 male, 1 female), strat_fold (1-10), validated_by_human,
+    scp_codes (the published text), the superclasses norm, mi, sttc, cd, hyp (0 or 1)
+    and for each the largest likelihood of its codes, e.g. mi_likelihood (percent;
+    missing where no code is listed). A superclass is 1 if any listed code is a
+    diagnostic statement of that class with at least ``min_likelihood``. A likelihood
+    of 0 means "not stated", not "absent".
+
+    Args:
+        root: folder of the dataset.
+        sampling_rate: 500 or 100, hertz: which of the two recordings to use.
+        cache_dir: where PyHealth keeps prepared data; default its user cache.
+        num_workers: processes for preparing data. For corpora below some thousand
+            records one is fastest.
+        dev: use only 1000 patients.
+        config_path: another table configuration.
+        dataset_name: name to show and to keep in the cache's key.
+        min_likelihood: smallest likelihood of a code that counts, percent. The
+            default, 0, counts every listed code.
+
+    Raises:
+        FileNotFoundError: if a file, or the folder of the asked rate, is missing.
+        ValueError: if an argument, a statement or a row cannot be used.
+
+    Cite:
+        Wagner et al., PTB-XL, a large publicly available electrocardiography dataset,
+        Scientific Data 7:154, 2020. Licence CC BY 4.0.
+
+    Examples:
+        >>> import tempfile
+        >>> from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
+        >>> folder = tempfile.mkdtemp()
+        >>> root = write_synthetic_ptbxl(f"{folder}/data", n_patients=10)
+        >>> dataset = PTBXLDataset(root, sampling_rate=100, cache_dir=folder)
+        >>> dataset.default_task.task_label
+        'MI'
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        sampling_rate: int = 500,
+        cache_dir: str | Path | None = None,
+        num_workers: int = 1,
+        dev: bool = False,
+        config_path: str | Path | None = None,
+        dataset_name: str | None = None,
+        min_likelihood: float = 0.0,
+    ) -> None:
+        if sampling_rate not in PATH_COLUMNS:
+            raise ValueError(
+                f"PTB-XL has sampling rates {list(PATH_COLUMNS)} Hz, got "
+                f"{sampling_rate}."
+            )
+        if not 0 <= min_likelihood <= 100:
+            raise ValueError(
+                f"min_likelihood is a percentage, 0 to 100, got {min_likelihood}."
+            )
+        folder = Path(root).expanduser().resolve()
+        _check_files(folder, sampling_rate)
+        self.sampling_rate = sampling_rate
+        self.min_likelihood = float(min_likelihood)
+        #: ecg_id of the records that the last ``set_task`` skipped as unreadable.
+        self.skipped_records: list[int] = []
+        statements = folder / "scp_statements.csv"
+        self._class_of = diagnostic_classes(statements)
+        digest = hashlib.sha256(statements.read_bytes()).hexdigest()[:10]
+        super().__init__(
+            root=str(folder),
+            tables=["ptbxl"],
+            # What shapes the event table and PyHealth's cache key does not see.
+            dataset_name=(
+                f"{dataset_name or 'ptbxl'}_{sampling_rate}hz"
+                f"_likelihood{self.min_likelihood:g}_{digest}"
+            ),
+            config_path=str(
+                config_path or Path(__file__).parent / "configs" / "ptbxl.yaml"
+            ),
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+            dev=dev,
+        )
+
+    @property
+    def default_task(self) -> ECGBinaryClassification:
+        """Myocardial infarction against all other records."""
+        return ECGBinaryClassification("MI")
+
+    def preprocess_ptbxl(self, table: nw.LazyFrame) -> nw.LazyFrame:
+        """Add the columns that the published table does not have.
+
+        Args:
+            table: the published table, all columns as text, names in lower case.
+
+        Returns:
+            The table with the event attributes of this class.
+        """
+        describe = partial(
+            _describe,
+            root=self.root,
+            sampling_rate=self.sampling_rate,
+            class_of=self._class_of,
+            min_likelihood=self.min_likelihood,
+        )
+        frame = table.to_native()
+        return nw.from_native(
+            frame.map_partitions(describe, meta=describe(frame._meta))
+        )
+
+    def set_task(
+        self,
+        task: BaseTask | None = None,
+        num_workers: int | None = None,
+        input_processors: dict[str, FeatureProcessor] | None = None,
+        output_processors: dict[str, FeatureProcessor] | None = None,
+        split: Split | None = None,
+    ) -> SampleDataset | tuple[SampleDataset, ...]:
+        """Prepare the samples of a task, as PyHealth does.
+
+        A :class:`StratFoldSplit` or :class:`CohortSplit` is first told the folds and
+        labels of this dataset's records, which a PyHealth split cannot see. Records
+        that the task skips are listed in ``skipped_records``.
+
+        Args:
+            task: the task; default :attr:`default_task`.
+            num_workers: processes; default those of the dataset.
+            input_processors: fitted processors to use, by key.
+            output_processors: fitted processors to use, by key.
+            split: how to part the samples; processors are fitted on the first part.
+
+        Returns:
+            The samples, or a tuple of one dataset a part.
+
+        Raises:
+            ValueError: if a record cannot be used, or a part has no record.
+        """
+        task = self.default_task if task is None else task
+        if isinstance(split, RecordSplit):
+            split = split.bind(self.records(task))
+        parts = super().set_task(
+            task, num_workers, input_processors, output_processors, split
+        )
+        first = parts if split is None else parts[0]
+        self.skipped_records = self._missing_from(first)
+        if self.skipped_records:
+            logger.warning(
+                "%d records were skipped as unreadable; ecg_id %s",
+                len(self.skipped_records),
+                self.skipped_records,
+            )
+        return parts
+
+    def records(self, task: BaseTask | None = None) -> pl.DataFrame:
+        """Return the table of records, one row each, sorted by ecg_id.
+
+        Args:
+            task: if given and a task with labels, their column "label" is added.
+
+        Returns:
+            Columns patient_id, timestamp and the event attributes.
+        """
+        table = self.global_event_df
+        if hasattr(task, "label_expression"):
+            table = table.with_columns(task.label_expression().alias("label"))
+        return (
+            table.drop("event_type")
+            .rename(lambda name: name.removeprefix("ptbxl/"))
+            .sort("ecg_id")
+            .collect()
+        )
+
+    def _missing_from(self, samples: SampleDataset) -> list[int]:
+        """Return the ecg_id of the records that gave no sample."""
+        whole = SampleDataset(samples.path)
+        expected = self.records().group_by("patient_id").agg("ecg_id")
+        missing = []
+        for patient, ids in expected.iter_rows():
+            indices = whole.patient_to_index.get(patient, [])
+            if len(indices) != len(ids):
+                kept = {int(whole[index]["ecg_id"]) for index in indices}
+                missing += [int(ecg_id) for ecg_id in ids if ecg_id not in kept]
+        return sorted(missing)
+
+
+def parse_scp_codes(text: str) -> dict[str, float]:
+    """Parse PTB-XL's ``scp_codes`` column: statement codes and their likelihoods.
+
+    Args:
+        text: the text of a flat Python dict, e.g. ``"{'NORM': 100.0, 'SR': 0.0}"``. It
+            is read as a literal; nothing in it is ever run.
+
+    Returns:
+        Likelihood in percent by code; 0 means "not stated".
+
+    Raises:
+        ValueError: if the text is anything else.
+
+    Examples:
+        >>> parse_scp_codes("{'IMI': 35.0, 'SR': 0.0}")
+        {'IMI': 35.0, 'SR': 0.0}
+    """
+    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    problem = f"scp_codes must be a dict of code to likelihood 0-100, got {shown!r}."
+    if len(text) > MAX_SCP_CHARACTERS:
+        raise ValueError(problem)
+    try:
+        codes = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(problem) from error
+    usable = isinstance(codes, dict) and all(
+        isinstance(code, str)
+        and isinstance(likelihood, int | float)
+        and 0 <= likelihood <= 100
+        for code, likelihood in codes.items()
+    )
+    if not usable:
+        raise ValueError(problem)
+    return {code: float(likelihood) for code, likelihood in codes.items()}
+
+
+def diagnostic_classes(path: str | Path) -> dict[str, str]:
+    r"""Read which statement belongs to which diagnostic superclass.
+
+    Args:
+        path: PTB-XL's ``scp_statements.csv``.
+
+    Returns:
+        Superclass ("NORM", "MI", "STTC", "CD" or "HYP") by code, for the diagnostic
+        statements only.
+
+    Raises:
+        ValueError: if a column is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write(",diagnostic,diagnostic_class\nIMI,1.0,MI\nSR,,\n")
+        ...     file.flush()
+        ...     diagnostic_classes(file.name)
+        {'IMI': 'MI'}
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    needed = {"", "diagnostic", "diagnostic_class"}
+    if not rows or not needed <= set(rows[0]):
+        raise ValueError(
+            f"{path}: expected the columns '', 'diagnostic' and 'diagnostic_class' of "
+            "PTB-XL's scp_statements.csv. Fetch the file again."
+        )
+    return {
+        row[""]: row["diagnostic_class"]
+        for row in rows
+        if row["diagnostic"].strip() in ("1", "1.0")
+        and row["diagnostic_class"] in SUPERCLASSES
+    }
+
+
+def _check_files(root: Path, sampling_rate: int) -> None:
+    for name in ("ptbxl_database.csv", "scp_statements.csv"):
+        if not (root / name).is_file():
+            raise FileNotFoundError(
+                f"{root / name} is missing. root must be the folder of PTB-XL that "
+                "holds ptbxl_database.csv and scp_statements.csv."
+            )
+    if not (root / f"records{sampling_rate}").is_dir():
+        others = [rate for rate in PATH_COLUMNS if (root / f"records{rate}").is_dir()]
+        remedy = f"pass sampling_rate={others[0]}" if others else "fetch the records"
+        raise FileNotFoundError(
+            f"{root} has no records{sampling_rate}/ folder; {remedy}."
+        )
+
+
+def _describe(
+    frame: pd.DataFrame,
+    *,
+    root: str,
+    sampling_rate: int,
+    class_of: Mapping[str, str],
+    min_likelihood: float,
+) -> pd.DataFrame:
+    """Turn published rows into event attributes with proper types."""
+    age = pd.to_numeric(frame["age"]).astype("Float64")
+    result = pd.DataFrame(
+        {
+            # PTB-XL writes whole numbers as 15709.0.
+            "patient_id": frame["patient_id"].astype("string").str.removesuffix(".0"),
+            "recording_date": frame["recording_date"].astype("string"),
+            "ecg_id": _integers(frame["ecg_id"]),
+            "record_path": root
+            + "/"
+            + frame[PATH_COLUMNS[sampling_rate]].astype("string"),
+            "sampling_rate": pd.array([sampling_rate] * len(frame), dtype="Int64"),
+            "age": age,
+            "age_is_censored": (age >= CENSORED_AGE).astype("boolean"),
+            "sex": _integers(frame["sex"]),
+            "strat_fold": _integers(frame["strat_fold"]),
+            "validated_by_human": frame["validated_by_human"].astype("string")
+            == "True",
+            "scp_codes": frame["scp_codes"].astype("string"),
+        },
+        index=frame.index,
+    )
+    likelihoods = pd.DataFrame(
+        [
+            _superclass_likelihoods(ecg_id, text, class_of)
+            for ecg_id, text in zip(result["ecg_id"], result["scp_codes"], strict=True)
+        ],
+        columns=list(SUPERCLASSES),
+        index=frame.index,
+        dtype="Float64",
+    )
+    for name in SUPERCLASSES:
+        present = (likelihoods[name] >= min_likelihood).fillna(False)
+        result[name.lower()] = present.astype("Int64")
+        result[f"{name.lower()}_likelihood"] = likelihoods[name]
+    return result
+
+
+def _integers(column: pd.Series) -> pd.Series:
+    return pd.to_numeric(column).astype("Float64").astype("Int64")
+
+
+def _superclass_likelihoods(
+    ecg_id: int, scp_codes: str, class_of: Mapping[str, str]
+) -> dict[str, float]:
+    try:
+        codes = parse_scp_codes(scp_codes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"ptbxl_database.csv, ecg_id {ecg_id}: {error}") from error
+    result: dict[str, float] = {}
+    for code, likelihood in codes.items():
+        if code in class_of:
+            name = class_of[code]
+            result[name] = max(result.get(name, 0.0), likelihood)
+    return result

@@ -1,0 +1,269 @@
+"""Splits of PTB-XL by its published folds, and small cohorts drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+import polars as pl
+
+from .splitter import Split
+
+__all__ = ["CohortSplit", "RecordSplit", "StratFoldSplit"]
+
+FOLDS = range(1, 11)
+
+
+@dataclass(frozen=True)
+class RecordSplit(Split):
+    """A split that depends on what is known of the records: their folds, their labels.
+
+    A PyHealth split sees only which samples belong to which patient, so
+    ``PTBXLDataset.set_task`` first calls :meth:`bind` with its table of records.
+
+    Examples:
+        >>> import polars as pl
+        >>> records = pl.DataFrame({"patient_id": ["a", "b"], "strat_fold": [1, 9]})
+        >>> split = StratFoldSplit(train=[1], val=[9], test=[]).bind(records)
+        >>> [part.tolist() for part in split.split_indices({"a": [0, 1], "b": [2]})]
+        [[0, 1], [2], []]
+    """
+
+    #: Part (0, 1, ...) of each patient and how many of its records count (None: all).
+    _part_of: Mapping[str, tuple[int, int | None]] | None = field(
+        default=None, repr=False, compare=False, kw_only=True
+    )
+
+    def bind(self, records: pl.DataFrame) -> Self:
+        """Return the same split with every patient's part decided.
+
+        Args:
+            records: columns patient_id and strat_fold, one row a record; a cohort also
+                needs label (0 or 1).
+
+        Raises:
+            ValueError: if a patient's records lie in two folds, or a part is empty.
+        """
+        several = (
+            records.group_by("patient_id")
+            .agg(pl.col("strat_fold").n_unique().alias("folds"))
+            .filter(pl.col("folds") > 1)["patient_id"]
+            .sort()
+        )
+        if len(several):
+            raise ValueError(
+                f"Records of patient {several[0]} lie in two folds, so a split by fold "
+                "would put one person on both sides. Mend strat_fold in the table."
+            )
+        return replace(self, _part_of=self._assign(records))
+
+    @abstractmethod
+    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]: ...
+
+    def split_indices(
+        self, patient_to_index: Mapping[str, Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Return the sample indices of the train, validation and test part.
+
+        Args:
+            patient_to_index: the samples of each patient.
+
+        Returns:
+            Three sorted arrays; samples that belong to no part are left out.
+        """
+        parts: list[list[int]] = [[], [], []]
+        for patient, indices in patient_to_index.items():
+            part, used = self._bound().get(patient, (None, None))
+            if part is not None:
+                parts[part].extend(indices[:used])
+        return [np.array(sorted(part), dtype=np.int64) for part in parts]
+
+    def _bound(self) -> Mapping[str, tuple[int, int | None]]:
+        if self._part_of is None:
+            raise ValueError(
+                f"{type(self).__name__} does not know the folds yet: use it with "
+                "PTBXLDataset.set_task(task, split=...), or call bind(records) first."
+            )
+        return self._part_of
+
+    def _digest(self) -> str:
+        text = repr(sorted(self._bound().items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StratFoldSplit(RecordSplit):
+    """Split by PTB-XL's ``strat_fold``, which keeps each patient in one fold.
+
+    The published recommendation: folds 1 to 8 to train, 9 to validate, 10 to test;
+    9 and 10 were validated by a human.
+
+    Args:
+        train: folds of the training part.
+        val: folds of the validation part.
+        test: folds of the test part.
+
+    Raises:
+        ValueError: if a fold is not 1 to 10 or is named twice.
+
+    Source:
+        Wagner et al., Scientific Data 7:154, 2020.
+
+    Examples:
+        >>> StratFoldSplit(train=range(1, 9)).train
+        (1, 2, 3, 4, 5, 6, 7, 8)
+    """
+
+    train: Iterable[int] = range(1, 9)
+    val: Iterable[int] = (9,)
+    test: Iterable[int] = (10,)
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            folds = tuple(int(fold) for fold in getattr(self, name))
+            object.__setattr__(self, name, folds)
+        named = (*self.train, *self.val, *self.test)
+        if len(set(named)) != len(named) or not set(named) <= set(FOLDS):
+            raise ValueError(
+                "StratFoldSplit needs different folds from 1 to 10, got "
+                f"train={self.train}, val={self.val}, test={self.test}."
+            )
+
+    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]:
+        part_of_fold = {
+            fold: part
+            for part, folds in enumerate((self.train, self.val, self.test))
+            for fold in folds
+        }
+        present = set(records["strat_fold"].unique())
+        for name in ("train", "val", "test"):
+            folds = getattr(self, name)
+            if folds and not present & set(folds):
+                raise ValueError(
+                    f"No record lies in the {name} folds {list(folds)}; this corpus "
+                    f"has folds {sorted(present)}. Choose others, or draw a cohort "
+                    "with CohortSplit."
+                )
+        return {
+            patient: (part_of_fold[fold], None)
+            for patient, fold in records.select("patient_id", "strat_fold").iter_rows()
+            if fold in part_of_fold
+        }
+
+    def to_dict(self) -> dict:
+        """Describe the split for PyHealth's cache key."""
+        return {
+            "kind": "strat_fold",
+            "train": list(self.train),
+            "val": list(self.val),
+            "test": list(self.test),
+            "digest": self._digest(),
+        }
+
+
+@dataclass(frozen=True)
+class CohortSplit(RecordSplit):
+    """A small cohort: N records to train and validate on, the test folds untouched.
+
+    Patients are drawn, not records, so nobody is on two sides; of the last patient as
+    many records are used as make N. The prevalence of the label is kept, to one
+    patient. Cohorts of one seed are nested: the 1000 lie within the 2500, train within
+    train and validation within validation.
+
+    Args:
+        n_records: number of records N to train and validate on.
+        seed: seed of the draw.
+        test: folds of the test part; the cohort is drawn from all others.
+        val_fraction: share of the patients that validate.
+
+    Raises:
+        ValueError: if an argument is outside its range, or there are fewer records.
+
+    Source:
+        Raghu et al., CHIL 2022, draw N = 1000, 2500, 5000 records at random from folds
+        1 to 9 and use 20 % of them to validate. Departure: by patient, label kept.
+
+    Examples:
+        >>> CohortSplit(n_records=1000, seed=3).test
+        (10,)
+    """
+
+    n_records: int
+    seed: int = 0
+    test: Iterable[int] = (10,)
+    val_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "test", tuple(int(fold) for fold in self.test))
+        if self.n_records < 2:
+            raise ValueError(f"n_records must be 2 or more, got {self.n_records}.")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction must lie between 0 and 1, got {self.val_fraction}."
+            )
+        if not set(self.test) <= set(FOLDS):
+            raise ValueError(f"test must name folds from 1 to 10, got {self.test}.")
+
+    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]:
+        pool = records.filter(~pl.col("strat_fold").is_in(self.test))
+        held_out = records.filter(pl.col("strat_fold").is_in(self.test))
+        if len(pool) < self.n_records:
+            raise ValueError(
+                f"A cohort of {self.n_records} records was asked for, but the folds "
+                f"outside {list(self.test)} hold {len(pool)}."
+            )
+        if self.test and not len(held_out):
+            raise ValueError(
+                f"No record lies in the test folds {list(self.test)}; this corpus has "
+                f"folds {sorted(pool['strat_fold'].unique())}."
+            )
+        assigned: dict[str, tuple[int, int | None]] = {
+            patient: (2, None) for patient in held_out["patient_id"]
+        }
+        left = self.n_records
+        for patient, count, part in self._ranked(pool):
+            if not left:
+                break
+            assigned[patient] = (part, min(count, left))
+            left -= min(count, left)
+        return assigned
+
+    def _ranked(self, pool: pl.DataFrame) -> list[tuple[str, int, int]]:
+        """Return (patient, records, part) in an order whose every start is balanced."""
+        patients = (
+            pool.group_by("patient_id")
+            .agg(pl.len().alias("count"), pl.col("label").max())
+            .sort("patient_id")
+        )
+        rng = np.random.default_rng(self.seed)
+        ranked = []
+        for label in (0, 1):
+            stratum = patients.filter(pl.col("label") == label)
+            for rank, row in enumerate(rng.permutation(len(stratum))):
+                # The validation share of every start of the stratum is right to one.
+                share = self.val_fraction
+                validates = int((rank + 1) * share + 1e-9) > int(rank * share + 1e-9)
+                ranked.append(
+                    (
+                        (rank + 0.5) / len(stratum),
+                        stratum["patient_id"][int(row)],
+                        stratum["count"][int(row)],
+                        int(validates),
+                    )
+                )
+        return [row[1:] for row in sorted(ranked)]
+
+    def to_dict(self) -> dict:
+        """Describe the split for PyHealth's cache key."""
+        return {
+            "kind": "cohort",
+            "n_records": self.n_records,
+            "seed": self.seed,
+            "test": list(self.test),
+            "val_fraction": self.val_fraction,
+            "digest": self._digest(),
+        }

@@ -1,0 +1,42 @@
+"""Shared, read-only things that are slow to make, made once a session."""
+
+import os
+
+# Before litdata is imported: it would ask a registry for its newest version.
+os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """One PyHealth cache for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A synthetic PTB-XL of 200 patients at both rates. Never write into it."""
+    from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
+
+    return write_synthetic_ptbxl(tmp_path_factory.mktemp("ptbxl") / "data", 200, seed=0)
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus, cache_dir):
+    """The synthetic corpus at 100 Hz, its event table built."""
+    from pyhealth.datasets.ptbxl import PTBXLDataset
+
+    dataset = PTBXLDataset(corpus, sampling_rate=100, cache_dir=cache_dir)
+    dataset.records()
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def parts(dataset):
+    """Train, validation and test samples of MI, two seconds at 100 Hz."""
+    from pyhealth.datasets.ptbxl import StratFoldSplit
+    from pyhealth.tasks.ecg_classification import ECGBinaryClassification
+
+    task = ECGBinaryClassification("MI", sampling_rate=100, length=200)
+    return dataset.set_task(task, split=StratFoldSplit())
