@@ -58,8 +58,8 @@ class BiLevelStep:
     use one draw, one dropout mask and the same weights; the outer one leaves weights,
     buffers, ``.grad`` and the global random state as they are.
 
-    The augmented batch itself is the hyper-parameter of the network part: its derivative
-    is formed first, then one ordinary backward pass takes it through the policy.
+    The augmented batch itself is the hyper-parameter of the network part: its
+    derivative is formed first, then one backward pass takes it through the policy.
 
     Args:
         model: a PyHealth model whose output has a "loss".

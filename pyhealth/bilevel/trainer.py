@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ __all__ = ["BiLevelTrainer"]
 
 logger = logging.getLogger(__name__)
 
-#: Steps between two updates of the progress bar's numbers; each waits for the device.
+#: Steps between two updates of the progress bar; each waits for the device.
 POSTFIX_EVERY = 10
 
 
@@ -33,15 +33,15 @@ class BiLevelTrainer(Trainer):
     """Trains the weights on augmented data and the policy on clean validation data.
 
     A PyHealth ``Trainer``: ``evaluate``, ``inference``, ``save_ckpt``, ``load_ckpt``
-    and logging are inherited. After ``train``, ``history`` holds one dict an epoch: epoch,
-    train_loss, the validation scores, hypergradient_norm and hypergradient_snr (norm of
+    and logging are inherited. After ``train``, ``history`` holds one dict an epoch:
+    epoch (from 0), train_loss, the validation scores, hypergradient_norm and hypergradient_snr (norm of
     the logits' mean hypergradient over its standard error; below about 2 it is noise),
     seconds, and the policy: ``probability/<stage>/<operation>``,
     ``magnitude_neg/...`` and ``magnitude_pos/...`` in the operations' units.
 
     Args:
-        model: a :class:`~pyhealth.models.taskaug_resnet.TaskAugResNet`, or, with a
-            policy given, any PyHealth model with one signal input, ``input_key``.
+        model: a :class:`~pyhealth.models.taskaug_resnet.TaskAugResNet` or, if a policy
+            is given, any PyHealth model of one signal, ``input_key``.
         checkpoint_path: checkpoint to load.
         metrics: names of the validation scores, see PyHealth's metrics.
         device: default CUDA if there is one.
@@ -50,8 +50,8 @@ class BiLevelTrainer(Trainer):
         exp_name: name of the run's folder; default the time.
         policy: the augmentation policy; default the model's own.
         input_key: the signals' key in a batch.
-        seed: of the policy's draws; one seed repeats a run to the bit on one machine, if
-            the loaders are seeded too. Default: drawn from torch's generator.
+        seed: of the policy's draws; one seed repeats a run to the bit on one machine,
+            if the loaders are seeded too. Default: drawn from torch's generator.
 
     Raises:
         ValueError: if there is no policy.
@@ -123,6 +123,7 @@ class BiLevelTrainer(Trainer):
         monitor_criterion: Literal["max", "min"] = "max",
         load_best_model_at_last: bool = True,
         patience: int | None = None,
+        on_epoch: Callable[[Self], None] | None = None,
     ) -> None:
         """Train weights and policy.
 
@@ -151,6 +152,7 @@ class BiLevelTrainer(Trainer):
             monitor_criterion: whether the "max" or "min" of it is best.
             load_best_model_at_last: end with the best epoch's weights and policy.
             patience: epochs without a new best before the training stops.
+            on_epoch: called with the trainer after each epoch, to save its history.
 
         Raises:
             ValueError: if an argument cannot be used, or the monitored score is nan.
@@ -194,6 +196,8 @@ class BiLevelTrainer(Trainer):
                     joint,
                 )
                 self._evaluate_epoch(val_dataloader, best)
+                if on_epoch is not None:
+                    on_epoch(self)
                 if best.exhausted:
                     logger.info("Early stopping after epoch %d", epoch)
                     break
@@ -250,7 +254,7 @@ class BiLevelTrainer(Trainer):
     ) -> None:
         started = time.perf_counter()
         losses: list[Tensor] = []
-        with tqdm(loader, desc=f"Epoch {epoch + 1}/{epochs}", leave=False) as bar:
+        with tqdm(loader, desc=f"Epoch {epoch} / {epochs}", leave=False) as bar:
             for index, batch in enumerate(bar):
                 if outer is not None and index % outer_every == 0:
                     loss, gradient = step.inner_and_outer(batch, next(val_batches))
@@ -263,7 +267,7 @@ class BiLevelTrainer(Trainer):
         train_loss = torch.stack(losses).mean().item()
         if not math.isfinite(train_loss):
             raise ArithmeticError(
-                f"The training loss is {train_loss} in epoch {epoch + 1}. Take a "
+                f"The training loss is {train_loss} in epoch {epoch}. Take a "
                 "smaller inner_lr, and look for records with extreme values."
             )
         norm, ratio = (math.nan, math.nan) if outer is None else outer.statistics()
@@ -285,7 +289,7 @@ class BiLevelTrainer(Trainer):
         shown = {"train_loss": row["train_loss"], **scores}
         logger.info(
             "epoch %d: %s",
-            row["epoch"] + 1,
+            row["epoch"],
             ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
         )
         if best.update(scores):
@@ -302,7 +306,7 @@ class BiLevelTrainer(Trainer):
         top = self.policy.probabilities().max(dim=-1)
         for stage, (share, column) in enumerate(zip(*top, strict=True)):
             name = self.policy.op_names[int(column)]
-            shown[f"stage {stage + 1}"] = f"{name} {share:.2f}"
+            shown[f"stage {stage}"] = f"{name} {share:.2f}"
         return shown
 
     def _policy_batches(self, loader: DataLoader) -> Iterator[Batch]:

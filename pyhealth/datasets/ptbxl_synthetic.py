@@ -10,7 +10,7 @@ import csv
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 import pyhealth.datasets.ptbxl_synthetic_tables as tables
-from pyhealth.datasets.ptbxl_synthetic_tables import SUPERCLASSES, Body, Session
+from pyhealth.datasets.ptbxl_synthetic_tables import SUPERCLASSES, Session
 
 __all__ = ["write_synthetic_ptbxl"]
 
@@ -40,8 +40,6 @@ FIRST_DAY = datetime(1984, 11, 1)
 SPAN_SECONDS = 460_000_000  # to 1999
 #: Within this time of the first follow a patient's other records.
 STAY_SECONDS = 3_000_000
-#: Likelihoods (percent) of a diagnostic code; 0 means that none was stated.
-LIKELIHOODS = {"100.0": 0.66, "80.0": 0.1, "50.0": 0.1, "35.0": 0.07, "0.0": 0.07}
 
 
 def write_synthetic_ptbxl(
@@ -156,13 +154,10 @@ class _Patient:
     number: int
     labels: tuple[str, ...]
     codes: dict[str, str]  # superclass -> the code it would be written as
-    severity: dict[str, float]  # code -> severity of what the heart has, told or not
     fold: int
-    stage: str
-    fibrillates: bool
     age: int
     male: bool
-    body: Body
+    usual: Session  # the heart as it is, told or not
 
 
 @dataclass(frozen=True)
@@ -175,8 +170,7 @@ class _Record:
 
     def filename(self, rate: int) -> str:
         folder, suffix = RATES[rate]
-        thousand = self.ecg_id // 1000 * 1000
-        return f"{folder}/{thousand:05d}/{self.ecg_id:05d}_{suffix}"
+        return f"{folder}/{self.ecg_id // 1000:02d}000/{self.ecg_id:05d}_{suffix}"
 
 
 def _draw_records(n_patients: int, rng: np.random.Generator) -> list[_Record]:
@@ -239,22 +233,18 @@ def _draw_patient(
     codes = {c: _pick(tables.SUBTYPES[c], rng) for c in SUPERCLASSES}
     severity = {codes[c]: 0.1 + 1.1 * rng.beta(1.6, 1.6) for c in heart}
     if rng.random() < VARIANT_SHARE:
-        other = _pick(tables.SUBTYPES[SUPERCLASSES[rng.integers(4)]], rng)
+        other = _pick(tables.SUBTYPES[str(rng.choice(SUPERCLASSES[:4]))], rng)
         severity.setdefault(other, VARIANT_SEVERITY * rng.random())
-    age = float(np.clip(rng.normal(54 if "NORM" in labels else 65, 17), 3, 96))
+    healthy = "NORM" in labels
+    age = float(np.clip(rng.normal(54 if healthy else 65, 17), 3, 96))
     male = bool(rng.random() < 0.52)
-    return _Patient(
-        number=number,
-        labels=labels,
-        codes=codes,
-        severity=severity,
-        fold=fold,
-        stage=str(rng.choice(list(tables.STAGES))),
-        fibrillates=bool(rng.random() < 0.11) and "NORM" not in labels,
-        age=round(age),
-        male=male,
+    usual = Session(
         body=tables.draw_body(age, male, rng),
+        severity=severity,
+        stage=str(rng.choice(list(tables.STAGES))),
+        fibrillates=bool(rng.random() < 0.11) and not healthy,
     )
+    return _Patient(number, labels, codes, fold, round(age), male, usual)
 
 
 def _draw_record(
@@ -264,7 +254,7 @@ def _draw_record(
     patient: _Patient,
     rng: np.random.Generator,
 ) -> _Record:
-    labels, severity = patient.labels, dict(patient.severity)
+    labels, severity = patient.labels, dict(patient.usual.severity)
     if again and labels and "NORM" not in labels and rng.random() < 0.1:
         # One finding has gone since the first record.
         severity.pop(patient.codes[labels[0]], None)
@@ -273,12 +263,10 @@ def _draw_record(
         int(rng.integers(3, 9)) if rng.random() < share else None
         for share in SPOILT_SHARES
     )
-    session = Session(
-        body=patient.body,
+    session = replace(
+        patient.usual,
         severity={c: s * math.exp(0.15 * rng.normal()) for c, s in severity.items()},
-        stage=patient.stage,
-        rate=float(np.clip(patient.body.rate + 5 * rng.normal(), 50, 110)),
-        fibrillates=patient.fibrillates,
+        rate=float(np.clip(patient.usual.body.rate + 5 * rng.normal(), 50, 110)),
         ectopic=bool(rng.random() < 0.05),
         drift=drift,
         burst=burst,
@@ -300,7 +288,7 @@ def _row(record: _Record, rng: np.random.Generator) -> list[str]:
     weight = rng.normal(78 if patient.male else 67, 12)
     height = rng.normal(176 if patient.male else 164, 7)
     axis = tables.frontal_axis(session)
-    stage = _pick({patient.stage: 0.4, "unknown": 0.6}, rng)
+    stage = _pick({session.stage: 0.4, "unknown": 0.6}, rng)
     codes = _codes(record, rng)
     chest = {None: ""} | dict(enumerate(tables.ELECTRODES))
 
@@ -349,7 +337,7 @@ def _codes(record: _Record, rng: np.random.Generator) -> dict[str, float]:
         "VCLVH": "LVH" in diagnoses and rng.random() < 0.25,
         "PVC": session.ectopic,
     }
-    codes = {code: float(_pick(LIKELIHOODS, rng)) for code in diagnoses}
+    codes = {code: float(_pick(tables.LIKELIHOODS, rng)) for code in diagnoses}
     codes |= {code: 0.0 for code, found in form.items() if found}
     return codes | {session.rhythm: 0.0}
 

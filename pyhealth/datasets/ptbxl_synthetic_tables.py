@@ -29,6 +29,7 @@ __all__ = [
     "ELECTRODES",
     "LABEL_SETS",
     "LEADS",
+    "LIKELIHOODS",
     "MODEL_RATE",
     "PHRASES",
     "REMARKS",
@@ -209,6 +210,9 @@ SUBTYPES: dict[str, dict[str, float]] = {
     },
     "HYP": {"LVH": 0.8, "LAO/LAE": 0.11, "RVH": 0.07, "RAO/RAE": 0.02},
 }
+
+#: Likelihoods (percent) of a diagnostic code; 0 means that none was stated.
+LIKELIHOODS = {"100.0": 0.66, "80.0": 0.1, "50.0": 0.1, "35.0": 0.07, "0.0": 0.07}
 
 #: Waves of a normal beat: name -> (centre s, width before s, width after s, vector mV).
 #: Times count from the R peak; the P waves' and the T wave's move with PR and QT.
@@ -510,7 +514,7 @@ def draw_body(age: float, male: bool, rng: np.random.Generator) -> Body:
         >>> 0.35 < draw_body(60.0, True, np.random.default_rng(0)).qt < 0.45
         True
     """
-    normal = rng.standard_normal(11)
+    normal = rng.standard_normal(11).tolist()
     aged = age - 50
     early = male and aged < 0 and rng.random() < 0.3
     return Body(
