@@ -155,7 +155,8 @@ def summary(table: pd.DataFrame) -> str:
     shown = pd.DataFrame(lines)
     if len(shown) == 1:  # nothing to differ from
         shown = shown.loc[:, ~shown.columns.str.startswith("AUROC -")]
-    return f"{shown.to_string(index=False)}\nTest records: {int(table['n'].iloc[0])}. {note}"
+    count = int(table["n"].iloc[0])
+    return f"{shown.to_string(index=False)}\nTest records: {count}. {note}"
 
 
 def _scores(folder: Path) -> dict[str, float]:

@@ -34,9 +34,9 @@ class BiLevelTrainer(Trainer):
 
     A PyHealth ``Trainer``: ``evaluate``, ``inference``, ``save_ckpt``, ``load_ckpt``
     and logging are inherited. After ``train``, ``history`` holds one dict an epoch:
-    epoch (from 0), train_loss, the validation scores, hypergradient_norm and hypergradient_snr (norm of
-    the logits' mean hypergradient over its standard error; below about 2 it is noise),
-    seconds, and the policy: ``probability/<stage>/<operation>``,
+    epoch (from 0), train_loss, the validation scores, hypergradient_norm and
+    hypergradient_snr (norm of the logits' mean hypergradient over its standard error;
+    near 1 it is noise), seconds, and the policy: ``probability/<stage>/<operation>``,
     ``magnitude_neg/...`` and ``magnitude_pos/...`` in the operations' units.
 
     Args:

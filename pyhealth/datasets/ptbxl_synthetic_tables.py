@@ -333,7 +333,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "IVCD": Effect(width=0.4, discordant=0.08),
     "1AVB": Effect(pr=0.09),
-    "LVH": Effect(gain=1.0, main=(0.2, -0.1, 0.35), width=0.06, discordant=0.28),
+    "LVH": Effect(gain=0.85, main=(0.2, -0.1, 0.35), width=0.06, discordant=0.28),
     "RVH": Effect(main=(-1.1, 0.1, -0.9), late=(-0.2, 0.0, -0.2), discordant=0.15),
     "LAO/LAE": Effect(p_left=1.2),
     "RAO/RAE": Effect(p_right=1.4),
@@ -666,7 +666,7 @@ def _dipole(
     extra = np.zeros((3, len(_TIME)))
     if session.ectopic:
         k = len(peaks) // 2
-        extra = _ectopic_beat(0.45 * peaks[k] + 0.55 * peaks[k - 1])
+        extra = _ectopic_beat(0.6 * peaks[k] + 0.4 * peaks[k - 1])
         peaks = np.delete(peaks, k)  # its own impulse finds the ventricles refractory
     k = np.searchsorted(peaks, _TIME, side="right") - 1
     since, until = _TIME - peaks[k], _TIME - peaks[k + 1]
