@@ -333,7 +333,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "IVCD": Effect(width=0.4, discordant=0.08),
     "1AVB": Effect(pr=0.09),
-    "LVH": Effect(gain=0.85, main=(0.2, -0.1, 0.35), width=0.06, discordant=0.28),
+    "LVH": Effect(gain=0.95, main=(0.2, -0.1, 0.35), width=0.06, discordant=0.28),
     "RVH": Effect(main=(-1.1, 0.1, -0.9), late=(-0.2, 0.0, -0.2), discordant=0.15),
     "LAO/LAE": Effect(p_left=1.2),
     "RAO/RAE": Effect(p_right=1.4),

@@ -1,0 +1,259 @@
+"""The command line, on the very path that real data take."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import pyhealth
+from pyhealth.bilevel import comparison, experiment
+from pyhealth.models.taskaug_policy import TaskAugPolicy
+
+SCRIPT = (
+    Path(__file__).parents[1]
+    / "examples"
+    / "ptbxl_ecg_classification_taskaug_resnet.py"
+)
+SMALL = ("--epochs=2", "--base_width=4", "--length=300", "--batch_size=64")
+PICTURES = {"learning_curves.png", "policy.png", "roc_pr.png", "ecg_augmented.png"}
+TABLES = {
+    "config.json",
+    "records.csv",
+    "history.csv",
+    "metrics.json",
+    "predictions.csv",
+    "policy.json",
+    "policy.pt",
+    "best.ckpt",
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("command_line", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(script, corpus, cache_dir, dataset):
+    """Run the command line on the corpus; ``dataset`` has built its event table."""
+    loggers = [pyhealth.logger, logging.getLogger("pyhealth.bilevel")]
+    before = [logger.level for logger in loggers]
+
+    def call(folder, *arguments):
+        fixed = [
+            f"--data_root={corpus}",
+            "--sampling_rate=100",
+            f"--output_dir={folder}",
+        ]
+        return script.main([*fixed, f"--cache_dir={cache_dir}", *SMALL, *arguments])
+
+    yield call
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bilevel")
+    assert run(folder, "--mode=bilevel", "--warmup_epochs=0") == 0
+    return folder
+
+
+def test_a_run_writes_every_file(finished):
+    assert {path.name for path in finished.iterdir()} >= TABLES | PICTURES
+    for name in PICTURES:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_are_those_of_the_written_predictions(finished, dataset):
+    predictions = pd.read_csv(finished / "predictions.csv", dtype={"patient_id": str})
+    test = json.loads((finished / "metrics.json").read_text())["test"]
+    records = dataset.records().to_pandas().set_index("ecg_id")
+    fold_10 = records[records["strat_fold"] == 10]
+    assert sorted(predictions["ecg_id"]) == sorted(fold_10.index)
+    own = records.loc[predictions["ecg_id"]]
+    assert predictions["label"].tolist() == own["mi"].tolist()
+    assert predictions["patient_id"].tolist() == own["patient_id"].tolist()
+    label, probability = predictions["label"], predictions["probability"]
+    assert test["n"] == len(fold_10)
+    assert test["positives"] == fold_10["mi"].sum()
+    assert test["roc_auc"] == pytest.approx(roc_auc_score(label, probability))
+    assert test["pr_auc"] == pytest.approx(average_precision_score(label, probability))
+    assert test["accuracy"] == pytest.approx(((probability >= 0.5) == label).mean())
+
+
+def test_the_configuration_says_what_was_run(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["settings"]["epochs"] == 2
+    assert config["settings"]["seed"] == 0
+    assert config["task"]["task_label"] == "MI"
+    assert config["versions"]["pyhealth"] == "2.1.0"
+    assert len(config["data"]["digest"]) == 64
+    parts = pd.read_csv(finished / "records.csv")["part"].value_counts()
+    for name in ("train", "val", "test"):
+        assert config["data"][f"records_{name}"] == parts[name]
+
+
+def test_history_and_policy_agree(finished):
+    history = pd.read_csv(finished / "history.csv")
+    policy = json.loads((finished / "policy.json").read_text())
+    assert history["epoch"].tolist() == [0, 1]
+    row = history.iloc[policy["epoch"]]
+    assert policy["epoch"] == history["roc_auc"].idxmax()
+    loaded = TaskAugPolicy.load(finished / "policy.pt").to_frame()
+    for entry, own in zip(policy["stages"], loaded.to_dict("records"), strict=True):
+        column = f"{entry['stage']}/{entry['operation']}"
+        assert entry == own
+        assert row[f"probability/{column}"] == pytest.approx(entry["probability"])
+        assert row[f"magnitude_pos/{column}"] == pytest.approx(entry["magnitude_pos"])
+    assert history.iloc[1]["probability/0/no_op"] != pytest.approx(1 / 8, abs=1e-4)
+
+
+def test_one_seed_repeats_a_run(finished, run, tmp_path):
+    assert run(tmp_path, "--mode=bilevel", "--warmup_epochs=0") == 0
+    for name in ("predictions.csv", "policy.json", "records.csv"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_standard_trains_the_policy_on_the_training_loss(run, tmp_path):
+    assert run(tmp_path, "--mode=standard") == 0
+    policy = TaskAugPolicy.load(tmp_path / "policy.pt")
+    assert policy.logits.abs().max() > 0
+    history = pd.read_csv(tmp_path / "history.csv")
+    assert history["hypergradient_norm"].isna().all()
+
+
+def test_ablation_compares_six_configurations(run, tmp_path, capsys):
+    assert run(tmp_path, "--mode=ablation", "--epochs=1", "--warmup_epochs=0") == 0
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert [name[0] for name in table["configuration"]] == list("ABCDEF")
+    assert (tmp_path / "comparison.png").exists()
+    shown = capsys.readouterr().out
+    for score in table["roc_auc"]:
+        assert f"{score:.3f}" in shown
+    assert "One seed" in shown
+    folders = {path.name[0]: path / "seed_0" for path in tmp_path.iterdir()}
+    stages = {
+        letter: TaskAugPolicy.load(folders[letter] / "policy.pt").num_stages
+        for letter in "ABCDEF"
+    }
+    assert stages == {"A": 0, "B": 1, "C": 1, "D": 2, "E": 2, "F": 2}
+    noise = TaskAugPolicy.load(folders["B"] / "policy.pt")
+    assert noise.op_names == ("gaussian_noise",)
+    assert noise.magnitudes()["neg"].item() == pytest.approx(0.1)
+    assert TaskAugPolicy.load(folders["F"] / "policy.pt").shared_magnitudes
+    digests = {
+        json.loads((folder / "config.json").read_text())["data"]["digest"]
+        for letter, folder in folders.items()
+        if letter in stages
+    }
+    assert len(digests) == 1
+
+
+def test_every_configuration_starts_from_the_same_backbone(parts, monkeypatch):
+    starts = []
+
+    def keep(trainer, *args, **kwargs):
+        state = trainer.model.backbone.state_dict()
+        starts.append({name: value.clone() for name, value in state.items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment.BiLevelTrainer, "train", keep)
+    base = experiment.RunSettings(base_width=4)
+    task = type("Task", (), {"leads": range(12), "sampling_rate": 100})()
+    data = experiment.PreparedData(None, task, *parts, {})
+    for settings in comparison.ablation(base).values():
+        with pytest.raises(KeyboardInterrupt):
+            experiment._train(settings, data, Path())
+    assert len(starts) == 6
+    for name, value in starts[0].items():
+        assert all(torch.equal(value, start[name]) for start in starts)
+
+
+def test_lr_sweep_runs_three_rates_and_two_seeds(run, tmp_path, capsys):
+    assert run(tmp_path, "--mode=lr_sweep", "--epochs=1", "--num_seeds=2") == 0
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert table["seed"].tolist() == [0, 1] * 3
+    rates = [
+        json.loads(path.read_text())["settings"]["outer_lr"]
+        for path in tmp_path.glob("*/seed_0/config.json")
+    ]
+    assert sorted(rates) == [1e-4, 1e-3, 1e-2]
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_a_cohort_is_drawn_by_n_records(run, tmp_path):
+    assert run(tmp_path, "--n_records=100", "--epochs=1") == 0
+    parts = pd.read_csv(tmp_path / "records.csv").groupby("part")
+    sizes = parts.size()
+    assert sizes["train"] + sizes["val"] == 100
+    patients = parts["patient_id"].agg(set)
+    assert not patients["train"] & patients["val"]
+    assert not patients["test"] & (patients["train"] | patients["val"])
+
+
+def test_synthetic_runs_the_same_path(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SYNTHETIC_PATIENTS", 120)
+    fixed = ["--synthetic", f"--output_dir={tmp_path / 'a'}", "--epochs=1"]
+    arguments = [*fixed, f"--cache_dir={tmp_path}", "--base_width=4", "--length=200"]
+    assert script.main(arguments) == 0
+    roots = list(tmp_path.glob("ptbxl_synthetic_120_*"))
+    assert [root.is_dir() for root in roots] == [True]
+    assert list(roots[0].rglob("*_lr.dat"))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["data"]["root"] == str(roots[0].resolve())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data_root=nowhere"], "ptbxl_database.csv is missing"),
+        (["--n_records=100000"], "A cohort of 100000 records"),
+        (["--length=0"], "length must be 1 or more"),
+        (["--epochs=0"], "epochs must be 1 or more"),
+        (["--policy_stages=-1"], "num_stages must be 0 or more"),
+    ],
+)
+def test_an_error_is_one_sentence(run, tmp_path, capsys, arguments, words):
+    assert run(tmp_path, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert words in error
+
+
+def test_a_failing_run_keeps_what_it_had_written(run, tmp_path, capsys, monkeypatch):
+    original = experiment.BiLevelTrainer._run_epoch
+
+    def second_fails(trainer, epoch, *arguments):
+        if epoch == 1:
+            raise ArithmeticError("The training loss is nan in epoch 1.")
+        original(trainer, epoch, *arguments)
+
+    monkeypatch.setattr(experiment.BiLevelTrainer, "_run_epoch", second_fails)
+    assert run(tmp_path) == 2
+    assert "nan in epoch 1" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 1
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
+    records = dataset.records()
+    two = records.filter(records["strat_fold"].is_in([1, 2]))
+    monkeypatch.setattr(dataset, "records", lambda task=None: two)
+    with pytest.raises(ValueError, match=r"folds \[1, 2\].*Set n_records"):
+        experiment.prepare(dataset, None)
+
+
+def test_the_source_of_data_is_needed(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--mode=bilevel"])
+    assert stopped.value.code == 2
+    assert "--data_root" in capsys.readouterr().err
