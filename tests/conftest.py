@@ -6,6 +6,11 @@ import os
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 import pytest
+import torch
+
+# The networks here are tiny: more threads cost time, and a great deal of it where other
+# programs use the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,579 @@
+"""One bi-level step against brute force: replayed steps, dense derivatives, bytes.
+
+The oracle replays the step on copies: the recorded draw, a real ``torch.optim`` step,
+the validation loss in eval mode, central differences in every number of the policy. It
+shares no code with ``hypergradient``. The running statistics of a replay are those of
+the unperturbed step: that they too depend on the policy is not part of the definition.
+"""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from pyhealth.models.base_model import BaseModel
+from torch import nn
+
+from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
+from pyhealth.datasets import create_sample_dataset
+from pyhealth.models.taskaug_policy import TaskAugPolicy
+from pyhealth.models.taskaug_resnet import TaskAugResNet
+
+LEADS, LENGTH, RATE = 3, 100, 50
+#: Half the interval of the central difference. The weights' gradient jumps where a ReLU
+#: switches, so a switch inside the interval spoils it: at 1e-5 that happens, at 1e-7 it
+#: is rare, and the rounding of a float64 loss, 1e-16 / 1e-7, is far below the slopes.
+HALF_WITH_KINKS, HALF = 1e-7, 1e-6
+METHODS = ("one_step", "neumann", "darts")
+
+UNUSED_MAGNITUDE = pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="a batch whose every record drew no_op has no gradient to the magnitudes",
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    samples = [
+        {"patient_id": str(i), "ecg": [[0.0] * LENGTH] * LEADS, "label": i}
+        for i in range(2)
+    ]
+    return create_sample_dataset(samples, {"ecg": "tensor"}, {"label": "binary"})
+
+
+class SmoothNet(BaseModel):
+    """A tiny PyHealth model without kinks: convolution, BatchNorm, tanh, dropout."""
+
+    def __init__(self, dataset, dropout=0.0):
+        super().__init__(dataset)
+        self.conv = nn.Conv1d(LEADS, 2, 7, stride=4, bias=False)
+        self.norm = nn.BatchNorm1d(2)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, **kwargs):
+        hidden = self.norm(self.conv(kwargs["ecg"])).tanh()
+        logit = self.head(self.dropout(hidden).square().mean(dim=-1))
+        label = kwargs["label"]
+        return {
+            "logit": logit,
+            "y_prob": self.prepare_y_prob(logit),
+            "loss": self.get_loss_function()(logit, label),
+            "y_true": label,
+        }
+
+
+class Mask(nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask if self.training else x
+
+
+def batch_of(records, seed):
+    generator = torch.Generator().manual_seed(seed)
+    label = (torch.arange(records) % 2).double()[:, None]
+    x = torch.randn(records, LEADS, LENGTH, generator=generator, dtype=torch.float64)
+    wave = torch.sin(torch.arange(LENGTH) / 4).double()
+    return {
+        "ecg": x + label[:, :, None] * wave,
+        "label": label,
+        "patient_id": [str(i) for i in range(records)],
+    }
+
+
+def policy_of(num_stages=1, seed=0, **settings):
+    policy = TaskAugPolicy(num_stages, sampling_rate=RATE, **settings).double()
+    return policy.randomize_(torch.Generator().manual_seed(seed))
+
+
+def step_of(model, policy, optimizer="adam", warmup=3, seed=0, **settings):
+    """A step in float64, some steps into its training."""
+    model = model.double()
+    params = classifier_parameters(model, policy)
+    optimizers = {
+        "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+        "adam with weight decay": lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1),
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    }
+    made = optimizers[optimizer](params.values())
+    generator = torch.Generator().manual_seed(seed)
+    step = BiLevelStep(
+        model, policy, params, made, "ecg", "label", generator, **settings
+    )
+    for index in range(warmup):
+        step.inner(batch_of(12, seed=10 + index))
+    return step
+
+
+@pytest.fixture
+def resnet(dataset):
+    """The real network without its max-pool, which has kinks of its own."""
+    torch.manual_seed(0)
+    model = TaskAugResNet(
+        dataset,
+        LEADS,
+        policy_stages=1,
+        base_width=4,
+        stem_pool=False,
+        sampling_rate=RATE,
+    )
+    model.augment = False
+    model.policy.double().randomize_(torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture
+def smooth(dataset):
+    torch.manual_seed(1)
+    return SmoothNet(dataset)
+
+
+def recorded(policy):
+    """Record every draw of a policy from now on."""
+    draws, sample = [], policy.sample
+
+    def spy(*args, **kwargs):
+        draws.append(sample(*args, **kwargs))
+        return draws[-1]
+
+    policy.sample = spy
+    return draws
+
+
+class Replay:
+    """The step once more, on copies made before it, with other policies."""
+
+    def __init__(self, step, half=HALF):
+        self.step, self.half = step, half
+        copies = deepcopy((step.model, step.policy, step.optimizer))
+        self.model, self.policy, self.optimizer = copies
+        self.weights = deepcopy(self.model.state_dict())
+        self.optimizer_state = deepcopy(self.optimizer.state_dict())
+        self.buffers = None
+
+    def validation_loss(self, batch, val_batch, draw):
+        """Return L_val(w') under the present parameters of ``self.policy``."""
+        phi = deepcopy(self.policy.state_dict())
+        self.model.load_state_dict(self.weights)  # of a policy inside, too
+        self.policy.load_state_dict(phi)
+        self.optimizer.load_state_dict(deepcopy(self.optimizer_state))
+        with torch.no_grad():
+            x = self.policy.apply(batch["ecg"], batch["label"], draw)
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.model(**{**batch, "ecg": x})["loss"].backward()
+        self.optimizer.step()
+        buffers = dict(self.model.named_buffers())
+        self.buffers = self.buffers or deepcopy(buffers)
+        for name, buffer in buffers.items():
+            buffer.copy_(self.buffers[name])
+        self.model.train(self.step.val_statistics == "batch")
+        with torch.no_grad():
+            return self.model(**val_batch)["loss"].item()
+
+    def differences(self, batch, val_batch, draw):
+        """Return the central differences in every number of the policy, by name."""
+        self.validation_loss(batch, val_batch, draw)  # keeps the running statistics
+        result = {}
+        for name, parameter in self.policy.named_parameters():
+            flat, slopes = parameter.data.view(-1), torch.zeros_like(parameter)
+            for index, value in enumerate(flat.tolist()):
+                sides = []
+                for shift in (self.half, -self.half):
+                    flat[index] = value + shift
+                    sides.append(self.validation_loss(batch, val_batch, draw))
+                flat[index] = value
+                slopes.view(-1)[index] = (sides[0] - sides[1]) / (2 * self.half)
+            result[name] = slopes
+        return result
+
+
+def assert_close(actual, expected, tolerance=1e-4, smallest=1e-5):
+    """Each parameter's derivative agrees, and there is something to agree on."""
+    assert actual.keys() == expected.keys()
+    for name, slope in expected.items():
+        assert slope.norm() > smallest, f"{name} tests nothing: {slope.norm()}"
+        error = ((actual[name] - slope).norm() / slope.norm()).item()
+        assert error <= tolerance, f"{name}: relative error {error}"
+
+
+def dense(step, batch, val_batch, draw):
+    """Return (g, H, M): dL_val/dw, d2L_train/dw2, d2L_train/dw dphi, by plain autograd.
+
+    The columns of M are those of the policy's parameters, flat and in order.
+    """
+    model, policy = deepcopy((step.model, step.policy))
+    params = list(classifier_parameters(model, policy).values())
+    phi = list(policy.parameters())
+    model.train()
+    x = policy.apply(batch["ecg"], batch["label"], draw)
+    train_loss = model(**{**batch, "ecg": x})["loss"]
+    model.eval()
+    val_loss = model(**val_batch)["loss"]
+
+    def flat(value, of):
+        gradients = torch.autograd.grad(
+            value, of, create_graph=True, materialize_grads=True
+        )
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    first = flat(train_loss, params)
+    hessian = torch.stack([flat(value, params) for value in first]).detach()
+    mixed = torch.stack([flat(value, phi) for value in first]).detach()
+    return flat(val_loss, params).detach(), hessian, mixed
+
+
+def flattened(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+# The hypergradient's value
+
+
+def test_one_step_is_the_slope_of_a_replayed_adam_step(resnet):
+    step = step_of(resnet, resnet.policy)
+    replay, draws = Replay(step, HALF_WITH_KINKS), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "val_statistics", "policy"),
+    [
+        ("adam with weight decay", "running", {"num_stages": 2}),
+        ("sgd", "running", {"selection": "batch", "seed": 3}),
+        ("adam", "batch", {"shared_magnitudes": True, "seed": 1}),
+        (
+            "adam",
+            "running",
+            {"num_stages": 3, "operations": ("time_mask", "no_op"), "seed": 1},
+        ),
+    ],
+)
+def test_one_step_is_the_slope_for_any_settings(
+    smooth, optimizer, val_statistics, policy
+):
+    step = step_of(
+        smooth, policy_of(**policy), optimizer, val_statistics=val_statistics
+    )
+    replay, draws = Replay(step), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
+
+
+def test_dropout_has_one_mask_in_both_steps(dataset):
+    torch.manual_seed(0)
+    model = SmoothNet(dataset, dropout=0.5)
+    step = step_of(model, policy_of())
+    replay, draws, masks = Replay(step), recorded(step.policy), []
+
+    def keep(module, inputs, output):
+        if module.training:
+            masks.append((output != 0) / (1 - module.p))
+
+    model.dropout.register_forward_hook(keep)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    assert len(masks) >= 2  # the weights' step and the mixed derivative
+    assert all(mask.equal(masks[0]) for mask in masks)
+    assert masks[0].unique().tolist() == [0, 2]
+    replay.model.dropout = Mask(masks[0])
+    assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
+    step.inner_and_outer(batch, val_batch)
+    assert not masks[-1].equal(masks[0])  # the next step has another
+
+
+@pytest.mark.parametrize("terms", [0, 2])
+def test_neumann_is_the_truncated_series_of_the_dense_hessian(smooth, terms):
+    lr = 0.3
+    step = step_of(
+        smooth, policy_of(), method="neumann", neumann_terms=terms, neumann_lr=lr
+    )
+    before, draws = deepcopy(step), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    g, hessian, mixed = dense(before, batch, val_batch, draws[0])
+    damped = torch.eye(len(g)) - lr * hessian
+    power, series = torch.eye(len(g), dtype=g.dtype), torch.zeros_like(hessian)
+    for _ in range(terms + 1):
+        series, power = series + power, power @ damped
+    expected = -mixed.T @ (lr * series @ g)
+    assert expected.norm() > 1e-4
+    torch.testing.assert_close(flattened(gradient), expected, rtol=1e-9, atol=1e-12)
+    plain = -mixed.T @ (lr * g)  # the terms matter, or the test says nothing of them
+    assert terms == 0 or (expected - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_darts_is_plain_autograd_through_the_augmented_validation_batch(smooth):
+    step = step_of(smooth, policy_of(), method="darts")
+    before, draws = deepcopy(step), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    model, policy = before.model, before.policy
+    with torch.no_grad():  # the statistics that the inner step's forward leaves
+        model.train()
+        model(**{**batch, "ecg": policy.apply(batch["ecg"], batch["label"], draws[0])})
+    model.eval()
+    x = policy.apply(val_batch["ecg"], val_batch["label"], draws[1])
+    loss = model(**{**val_batch, "ecg": x})["loss"]
+    names, leaves = zip(*policy.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+    assert_close(gradient, expected, tolerance=1e-10)
+
+
+def test_joint_inner_step_gives_the_policy_the_training_gradient(smooth):
+    policy = policy_of()
+    step = step_of(smooth, policy)
+    before, draws = deepcopy(step), recorded(policy)
+    batch = batch_of(12, seed=0)
+
+    loss = step.inner(batch, joint=True)
+
+    x = before.policy.apply(batch["ecg"], batch["label"], draws[0])
+    before.model.train()
+    before.model(**{**batch, "ecg": x})["loss"].backward()
+    expected = {name: p.grad for name, p in before.policy.named_parameters()}
+    assert not loss.requires_grad
+    assert_close(
+        {name: p.grad for name, p in policy.named_parameters()}, expected, 1e-10
+    )
+
+
+# What the outer step leaves alone
+
+
+def global_states():
+    name, keys, *rest = np.random.get_state()
+    return (
+        torch.random.get_rng_state().tolist(),
+        (name, keys.tolist(), *rest),
+        random.getstate(),
+    )
+
+
+@pytest.mark.parametrize("val_statistics", ["running", "batch"])
+@pytest.mark.parametrize("method", METHODS)
+def test_outer_step_changes_nothing_beside_the_inner_one(
+    dataset, method, val_statistics
+):
+    torch.manual_seed(0)
+    model = SmoothNet(dataset, dropout=0.5)
+    step = step_of(
+        model,
+        policy_of(),
+        method=method,
+        neumann_lr=0.01,
+        val_statistics=val_statistics,
+    )
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+    draw = step.policy.sample(batch["ecg"].shape)
+    plain = deepcopy(step)
+    for one in (plain, step):
+        draw_first(one.policy, draw)
+    for parameter in step.policy.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    states, phi = global_states(), deepcopy(step.policy.state_dict())
+
+    expected_loss = plain.inner(batch)
+    loss, gradient = step.inner_and_outer(batch, val_batch)
+
+    assert global_states() == states
+    assert flattened(gradient).norm() > 0
+    assert loss.equal(expected_loss)
+    # weights, running statistics, optimiser and .grad: as after the inner step alone
+    assert_same_bytes(step.model.state_dict(), plain.model.state_dict())
+    assert_same_bytes(gradients(step), gradients(plain))
+    of_step, of_plain = (one.optimizer.state_dict()["state"] for one in (step, plain))
+    for index, state in of_plain.items():
+        assert_same_bytes(of_step[index], state)
+    assert_same_bytes(step.policy.state_dict(), phi)
+    assert all(p.grad.eq(7.0).all() for p in step.policy.parameters())
+    assert all(module.training for module in step.model.modules())
+
+
+def draw_first(policy, draw):
+    """Let the next draw be this one, and later ones (darts has one) as they come."""
+    queue, sample = [draw], policy.sample
+    policy.sample = lambda *a, **k: queue.pop() if queue else sample(*a, **k)
+
+
+def gradients(step):
+    return {name: parameter.grad for name, parameter in step.params.items()}
+
+
+def assert_same_bytes(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_inner_step_leaves_the_global_random_state(dataset):
+    step = step_of(SmoothNet(dataset, dropout=0.5), policy_of(), warmup=0)
+    states = global_states()
+    step.inner(batch_of(12, seed=0))
+    assert global_states() == states
+
+
+# No path but the mixed derivative
+
+
+@pytest.mark.parametrize("method", ["one_step", "neumann"])
+def test_policy_never_sees_the_validation_batch(resnet, method):
+    step = step_of(resnet, resnet.policy, method=method, neumann_lr=0.01)
+    shapes, signals = [], []
+    sample, apply = step.policy.sample, step.policy.apply
+    step.policy.sample = lambda s, *a, **k: shapes.append(s) or sample(s, *a, **k)
+    step.policy.apply = lambda x, *a, **k: signals.append(x) or apply(x, *a, **k)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    step.inner_and_outer(batch, val_batch)
+
+    assert shapes == [batch["ecg"].shape]
+    (x,) = signals
+    assert x.equal(batch["ecg"])
+
+
+def test_darts_does_augment_the_validation_batch(smooth):
+    step = step_of(smooth, policy_of(), method="darts")
+    draws = recorded(step.policy)
+    step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
+    records = [sum(len(rows) for rows in draw.stages[0].rows) for draw in draws]
+    assert records == [12, 8]
+
+
+def other_labels(batch):
+    return {**batch, "label": 1 - batch["label"]}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_validation_labels_act_through_the_mixed_derivative_only(smooth, flip):
+    """H = -M' p with an M that no validation label enters; p is all that they move."""
+    step = step_of(
+        smooth, policy_of(), method="neumann", neumann_terms=0, neumann_lr=1.0
+    )
+    before, draws = deepcopy(step), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+    shown = other_labels(val_batch) if flip else val_batch
+
+    _, gradient = step.inner_and_outer(batch, shown)
+
+    _, _, mixed = dense(before, batch, val_batch, draws[0])
+    g, _, _ = dense(before, batch, shown, draws[0])
+    torch.testing.assert_close(flattened(gradient), -mixed.T @ g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("method", ["one_step", "neumann"])
+def test_no_hypergradient_where_the_training_batch_cannot_feel_the_policy(
+    smooth, method, flip
+):
+    """Every operation leaves a silent record silent, whatever its magnitude."""
+    step = step_of(smooth, policy_of(), method=method, neumann_lr=0.01)
+    batch = batch_of(12, seed=0)
+    batch["ecg"] = torch.zeros_like(batch["ecg"])
+    val_batch = batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(
+        batch, other_labels(val_batch) if flip else val_batch
+    )
+
+    assert flattened(gradient).eq(0).all()
+
+
+@UNUSED_MAGNITUDE
+@pytest.mark.parametrize("method", METHODS)
+def test_no_hypergradient_where_every_record_draws_no_op(smooth, method):
+    policy = policy_of(2, operations=("no_op",))
+    step = step_of(smooth, policy, method=method, neumann_lr=0.01)
+
+    _, gradient = step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
+
+    assert gradient.keys() == dict(policy.named_parameters()).keys()
+    assert flattened(gradient).eq(0).all()
+
+
+@UNUSED_MAGNITUDE
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_that_drew_only_no_op_still_teaches_the_logits(smooth, method):
+    policy = policy_of(operations=("no_op", "time_mask"), shared_magnitudes=True)
+    with torch.no_grad():
+        policy.logits.copy_(torch.tensor([[30.0, 0.0]]))  # time_mask is never drawn
+    policy.temperature = 30.0  # yet its slope is not rounded away
+    step = step_of(smooth, policy, method=method, neumann_lr=0.01)
+
+    _, gradient = step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
+
+    assert gradient["mag_neg"].eq(0).all()
+    assert gradient["logits"].norm() > 0
+
+
+@pytest.mark.xfail(strict=True, reason="'batch' puts the whole model in training mode")
+def test_batch_statistics_leave_the_dropout_of_the_validation_off(dataset):
+    """What differs is the normalisation alone: without one there is no difference."""
+    results = []
+    for val_statistics in ("running", "batch"):
+        torch.manual_seed(0)
+        model = SmoothNet(dataset, dropout=0.5)
+        model.norm = nn.Identity()
+        step = step_of(model, policy_of(), val_statistics=val_statistics)
+        _, gradient = step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
+        results.append(flattened(gradient))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+# Which parameters are trained
+
+
+def test_classifier_parameters_are_the_weights_alone(dataset):
+    model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
+    model.inner_model = SmoothNet(dataset)  # a PyHealth model within another
+    model.backbone.head.bias.requires_grad_(False)
+    names = classifier_parameters(model, model.policy).keys()
+    assert {name.split(".")[0] for name in names} == {"backbone", "inner_model"}
+    assert not [name for name in names if "_dummy_param" in name]
+    assert "backbone.head.bias" not in names
+    assert {"backbone.head.weight", "inner_model.conv.weight"} <= names
+
+
+@pytest.mark.parametrize("step_name", ["inner", "inner_and_outer"])
+def test_unused_parameter_is_an_error_that_names_it(smooth, step_name):
+    smooth.spare = nn.Linear(2, 1)
+    step = step_of(smooth, policy_of(), warmup=0)
+    batches = [batch_of(12, seed=0), batch_of(8, seed=1)]
+    with pytest.raises(ValueError, match=r"spare\.weight, spare\.bias.*requires_grad_"):
+        getattr(step, step_name)(*batches[: 1 if step_name == "inner" else 2])
+
+    smooth.spare.requires_grad_(False)  # the remedy that the message names
+    step = step_of(smooth, policy_of(), warmup=0)
+    step.inner_and_outer(*batches)
+
+
+@pytest.mark.xfail(strict=True, reason="the model's own policy counts as weights")
+def test_a_policy_beside_the_models_own_replaces_it(resnet):
+    """The model's own is then neither used nor trained, and no weight."""
+    own = deepcopy(resnet.policy.state_dict())
+    step = step_of(resnet, policy_of(seed=2))
+    _, gradient = step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
+    assert flattened(gradient).norm() > 0
+    assert_same_bytes(resnet.policy.state_dict(), own)
