@@ -1,6 +1,6 @@
 """Randomness of the ECG augmentations, drawn apart from their parameters.
 
-Every function has the same signature: ``draw(shape, *, dtype, device, generator)``,
+Every function has the same signature: ``draw(shape, *, **options)``,
 where ``shape`` is the shape (B, C, T) of the signals to augment, ``dtype`` and
 ``device`` those of the draw, and ``generator`` the source of the randomness (torch's
 global one by default). It returns a tensor whose first dimension is B. No draw
@@ -10,7 +10,7 @@ depends on a parameter, so the same draw can be applied again under other parame
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "WANDER_HERTZ",
     "WARP_COSINES",
     "Draw",
+    "DrawOptions",
     "electrode_noise",
     "empty_noise",
     "lead_noise",
@@ -43,6 +44,20 @@ LEAD_ELECTRODES = (
 )
 
 
+class DrawOptions(TypedDict, total=False):
+    """What a draw takes besides the shape, with torch's own meaning and defaults.
+
+    Examples:
+        >>> options = DrawOptions(dtype=torch.float64)
+        >>> uniform_noise(torch.Size([3, 12, 1000]), **options).dtype
+        torch.float64
+    """
+
+    dtype: torch.dtype
+    device: torch.device | str | None
+    generator: torch.Generator | None
+
+
 class Draw(Protocol):
     """Signature of every function of this module.
 
@@ -52,41 +67,22 @@ class Draw(Protocol):
         torch.Size([3])
     """
 
-    def __call__(
-        self,
-        shape: torch.Size,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def __call__(self, shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
         """Draw for signals of ``shape`` (B, C, T)."""
         ...
 
 
-def normal_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def normal_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw standard normal noise (B, C, T) for ``gaussian_noise``.
 
     Examples:
         >>> normal_noise(torch.Size([2, 12, 10])).shape
         torch.Size([2, 12, 10])
     """
-    return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    return torch.randn(shape, **options)
 
 
-def wander_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def wander_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw the normal coefficients (B, C, 2 F) of ``baseline_wander``.
 
     Examples:
@@ -94,49 +90,31 @@ def wander_noise(
         torch.Size([2, 12, 20])
     """
     size = (*shape[:2], 2 * len(WANDER_HERTZ))
-    return torch.randn(size, dtype=dtype, device=device, generator=generator)
+    return torch.randn(size, **options)
 
 
-def uniform_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def uniform_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw one uniform number in [0, 1) a record (B,), for ``time_mask``.
 
     Examples:
         >>> uniform_noise(torch.Size([2, 12, 10])).shape
         torch.Size([2])
     """
-    return torch.rand(shape[0], dtype=dtype, device=device, generator=generator)
+    return torch.rand(shape[0], **options)
 
 
-def signed_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def signed_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw one uniform number in [-1, 1) a record (B,), for gains and delays.
 
     Examples:
         >>> signed_noise(torch.Size([2, 12, 10])).abs().le(1).all()
         tensor(True)
     """
-    uniform = torch.rand(shape[0], dtype=dtype, device=device, generator=generator)
+    uniform = torch.rand(shape[0], **options)
     return 2 * uniform - 1
 
 
-def warp_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def warp_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw the weights in [-1, 1) (B, WARP_COSINES) of ``temporal_warp``.
 
     Examples:
@@ -144,39 +122,25 @@ def warp_noise(
         torch.Size([2, 5])
     """
     size = (shape[0], WARP_COSINES)
-    return 2 * torch.rand(size, dtype=dtype, device=device, generator=generator) - 1
+    return 2 * torch.rand(size, **options) - 1
 
 
-def empty_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def empty_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw nothing (B, 0), for ``no_op``.
 
     Examples:
         >>> empty_noise(torch.Size([2, 12, 10])).shape
         torch.Size([2, 0])
     """
-    return torch.empty(shape[0], 0, dtype=dtype, device=device)
+    return torch.rand(shape[0], 0, **options)
 
 
-def lead_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def lead_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw for ``lead_dropout`` that decides on each lead by itself.
 
     Args:
         shape: shape of the signals, (B, C, T).
-        dtype: dtype of the draw.
-        device: device of the draw.
-        generator: source of the randomness; torch's global one by default.
+        **options: dtype, device and generator of the draw.
 
     Returns:
         Logistic noise (B, C); the lead nearest to staying is set to minus infinity,
@@ -186,16 +150,10 @@ def lead_noise(
         >>> lead_noise(torch.Size([4, 12, 1000])).isinf().sum(dim=1)
         tensor([1, 1, 1, 1])
     """
-    return _keep_one(_logistic(shape[:2], dtype, device, generator))
+    return _keep_one(_logistic(shape[:2], **options))
 
 
-def electrode_noise(
-    shape: torch.Size,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def electrode_noise(shape: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
     """Draw for ``lead_dropout`` that decides on each electrode.
 
     The limb leads are tied: without the right-arm electrode, leads I and II and the
@@ -205,9 +163,7 @@ def electrode_noise(
     Args:
         shape: shape of the signals, (B, 12, T), leads in the standard order I, II,
             III, aVR, aVL, aVF, V1 to V6.
-        dtype: dtype of the draw.
-        device: device of the draw.
-        generator: source of the randomness; torch's global one by default.
+        **options: dtype, device and generator of the draw.
 
     Returns:
         Noise (B, 12), with at least one lead that always stays.
@@ -225,7 +181,7 @@ def electrode_noise(
             f"electrode_noise needs the 12 standard leads, got {shape[1]}; "
             "use lead_noise for other lead sets."
         )
-    noise = _logistic(torch.Size([shape[0], 9]), dtype, device, generator)
+    noise = _logistic(torch.Size([shape[0], 9]), **options)
     leads = torch.stack(
         [noise[:, list(electrodes)].amax(dim=1) for electrodes in LEAD_ELECTRODES],
         dim=1,
@@ -233,10 +189,10 @@ def electrode_noise(
     return _keep_one(leads)
 
 
-def _logistic(size, dtype, device, generator) -> Tensor:
-    uniform = torch.rand(size, dtype=dtype, device=device, generator=generator)
+def _logistic(size: torch.Size, **options: Unpack[DrawOptions]) -> Tensor:
+    uniform = torch.rand(size, **options)
     # Kept off 0 and 1, where the logit is infinite.
-    return torch.logit(uniform, eps=torch.finfo(dtype).eps)
+    return torch.logit(uniform, eps=torch.finfo(uniform.dtype).eps)
 
 
 def _keep_one(noise: Tensor) -> Tensor:
