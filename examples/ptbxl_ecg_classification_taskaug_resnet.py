@@ -19,7 +19,7 @@ from pathlib import Path
 
 TASKS = ("MI", "HYP", "STTC", "CD", "NORM")
 MODES = ("standard", "bilevel", "ablation", "lr_sweep")
-SYNTHETIC_PATIENTS = 600
+SYNTHETIC_PATIENTS = 400
 #: What a run uses where nothing is said: full size on real data, small on invented.
 DEFAULTS = {
     "real": {"sampling_rate": 250, "base_width": 64},

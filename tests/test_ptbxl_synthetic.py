@@ -128,27 +128,6 @@ def test_wfdb_reads_records_as_published(corpus, table, column, rate):
     assert 0.5 < np.ptp(signal) < 12  # millivolt
 
 
-@pytest.mark.parametrize("column", ["filename_lr", "filename_hr"])
-def test_bytes_are_those_of_wrsamp(corpus, table, tmp_path, column):
-    for k in (0, 11, 100):
-        name = table[column].iloc[k]
-        record = wfdb.rdrecord(corpus / name, physical=False)
-        wfdb.wrsamp(
-            record.record_name,
-            fs=record.fs,
-            units=record.units,
-            sig_name=record.sig_name,
-            d_signal=record.d_signal,
-            fmt=record.fmt,
-            adc_gain=record.adc_gain,
-            baseline=record.baseline,
-            write_dir=str(tmp_path),
-        )
-        for end in (".hea", ".dat"):
-            ours = (corpus / f"{name}{end}").read_bytes()
-            assert ours == (tmp_path / f"{record.record_name}{end}").read_bytes()
-
-
 def test_database_has_the_published_columns_and_style(corpus):
     with (corpus / "ptbxl_database.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
