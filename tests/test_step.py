@@ -276,6 +276,22 @@ def test_one_step_is_the_slope_for_any_settings(
     assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="torch's forward mode of mse_loss fails, and not by NotImplementedError",
+)
+def test_one_step_is_the_slope_for_a_regression_loss(smooth):
+    smooth.get_loss_function = lambda: nn.functional.mse_loss  # PyHealth's regression
+    step = step_of(smooth, policy_of(shared_magnitudes=True))
+    replay, draws = Replay(step), recorded(step.policy)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+
+    _, gradient = step.inner_and_outer(batch, val_batch)
+
+    assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
+
+
 def test_dropout_has_one_mask_in_both_steps(dataset):
     torch.manual_seed(0)
     model = SmoothNet(dataset, dropout=0.5)
