@@ -927,7 +927,7 @@ def test_an_operation_that_hurts_loses_its_probability():
         trainer.train(
             get_dataloader(train, 32, shuffle=True, seed=seed),
             get_dataloader(val, 32),
-            epochs=7,
+            epochs=5,
             inner_lr=3e-3,
             outer_lr=0.02,
             load_best_model_at_last=False,
