@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # PyHealth tells every step of its own; what is asked for here is the training.
     pyhealth.logger.setLevel(logging.WARNING)
-    logging.getLogger("pyhealth.bilevel").setLevel(logging.INFO)
+    logging.getLogger("pyhealth.trainer.bilevel").setLevel(logging.INFO)
     try:
         run_mode(arguments)
     except (OSError, ValueError, ArithmeticError) as error:

@@ -44,7 +44,7 @@ def script():
 @pytest.fixture(scope="module")
 def run(script, corpus, cache_dir, dataset):
     """Run the command line on the corpus; ``dataset`` has built its event table."""
-    loggers = [pyhealth.logger, logging.getLogger("pyhealth.bilevel")]
+    loggers = [pyhealth.logger, logging.getLogger("pyhealth.trainer.bilevel")]
     before = [logger.level for logger in loggers]
 
     def call(folder, *arguments):

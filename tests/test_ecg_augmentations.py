@@ -49,15 +49,6 @@ SIZES = [
 LIMB = {"I": 0, "II": 1, "III": 2, "aVR": 3, "aVL": 4, "aVF": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost tiny tensors far more than they save, most of all on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -241,6 +232,18 @@ class TestEveryOperation:
         y.float().square().sum().backward()
         assert x.grad.isfinite().all()
         assert name == "no_op" or m.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_rounds_values_and_not_time(name, dtype):
+    """Half floats cannot count to 3000: times and positions must not be kept in them."""
+    op, x = AUGMENTATIONS[name], ecg(2, 2, 3000, rate=500.0, dtype=dtype)
+    draw = op.draw(x.shape, generator=seeded(1))
+    m = magnitude_at(op, 0.8, 2, torch.float32)
+    half = op.apply(x, m, draw, 500.0).double()
+    wide = op.apply(x.double(), m, draw, 500.0)
+    assert (half - wide).abs().max() < 4 * torch.finfo(dtype).eps * wide.abs().max()
 
 
 @pytest.mark.parametrize("where", [0.03, 0.37, 0.91])

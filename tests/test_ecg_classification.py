@@ -510,7 +510,6 @@ def breakable(tmp_path):
 SKIP = {**SHORT, "task_label": "MI", "on_error": "skip"}
 
 
-@pytest.mark.xfail(strict=True, reason="an empty part is handed back in silence")
 def test_a_part_that_skipping_has_emptied_is_an_error(breakable):
     dataset, records = breakable
     for path in records.filter(strat_fold=9)["record_path"]:
@@ -542,7 +541,6 @@ def test_a_record_that_was_mended_is_no_longer_skipped(breakable):
     assert dataset.skipped_records == []
 
 
-@pytest.mark.xfail(strict=True, reason="the ids of the run before are kept")
 def test_skipped_records_are_those_of_the_last_run_even_if_it_failed(breakable):
     dataset, records = breakable
     Path(records["record_path"][0] + ".dat").unlink()
@@ -580,14 +578,12 @@ def test_another_task_can_be_used(small_dataset):
     assert sorted(sample["ecg_id"] for sample in samples) == old
 
 
-@pytest.mark.xfail(strict=True, reason="what a task leaves out is called unreadable")
 def test_what_another_task_leaves_out_is_not_called_unreadable(small_dataset, said):
     small_dataset.set_task(OldPatients())
     assert said == []
     assert small_dataset.skipped_records == []
 
 
-@pytest.mark.xfail(strict=True, raises=pl.exceptions.ColumnNotFoundError)
 def test_a_cohort_for_a_task_without_labels_says_what_it_needs(small_dataset):
     with pytest.raises(ValueError, match="label"):
         small_dataset.set_task(OldPatients(), split=CohortSplit(5))

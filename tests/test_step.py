@@ -29,12 +29,6 @@ LEADS, LENGTH, RATE = 3, 100, 50
 HALF_WITH_KINKS, HALF = 1e-7, 1e-6
 METHODS = ("one_step", "neumann", "darts")
 
-UNUSED_MAGNITUDE = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="a batch whose every record drew no_op has no gradient to the magnitudes",
-)
-
 
 @pytest.fixture(scope="module")
 def dataset():
@@ -276,11 +270,6 @@ def test_one_step_is_the_slope_for_any_settings(
     assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="torch's forward mode of mse_loss fails, and not by NotImplementedError",
-)
 def test_one_step_is_the_slope_for_a_regression_loss(smooth):
     smooth.get_loss_function = lambda: nn.functional.mse_loss  # PyHealth's regression
     step = step_of(smooth, policy_of(shared_magnitudes=True))
@@ -517,7 +506,6 @@ def test_no_hypergradient_where_the_training_batch_cannot_feel_the_policy(
     assert flattened(gradient).eq(0).all()
 
 
-@UNUSED_MAGNITUDE
 @pytest.mark.parametrize("method", METHODS)
 def test_no_hypergradient_where_every_record_draws_no_op(smooth, method):
     policy = policy_of(2, operations=("no_op",))
@@ -529,7 +517,6 @@ def test_no_hypergradient_where_every_record_draws_no_op(smooth, method):
     assert flattened(gradient).eq(0).all()
 
 
-@UNUSED_MAGNITUDE
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_that_drew_only_no_op_still_teaches_the_logits(smooth, method):
     policy = policy_of(operations=("no_op", "time_mask"), shared_magnitudes=True)
@@ -544,7 +531,6 @@ def test_a_batch_that_drew_only_no_op_still_teaches_the_logits(smooth, method):
     assert gradient["logits"].norm() > 0
 
 
-@pytest.mark.xfail(strict=True, reason="'batch' puts the whole model in training mode")
 def test_batch_statistics_leave_the_dropout_of_the_validation_off(dataset):
     """What differs is the normalisation alone: without one there is no difference."""
     results = []
@@ -585,7 +571,6 @@ def test_unused_parameter_is_an_error_that_names_it(smooth, step_name):
     step.inner_and_outer(*batches)
 
 
-@pytest.mark.xfail(strict=True, reason="the model's own policy counts as weights")
 def test_a_policy_beside_the_models_own_replaces_it(resnet):
     """The model's own is then neither used nor trained, and no weight."""
     own = deepcopy(resnet.policy.state_dict())

@@ -16,15 +16,6 @@ RATE = 100
 ONE_EACH = torch.tensor([0.0, 1.0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost tiny tensors far more than they save, most of all on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

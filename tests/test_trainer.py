@@ -672,7 +672,6 @@ def test_any_pyhealth_model_under_another_input_key(val_set):
     assert bytes_of(trainer.policy) != before
 
 
-@pytest.mark.xfail(strict=True, reason="the model's own policy counts as weights")
 def test_a_policy_beside_the_models_own_replaces_it(train_set, loaders):
     model, policy = resnet(train_set), external_policy()
     own, start = bytes_of(model.policy), bytes_of(policy)
@@ -733,7 +732,6 @@ def test_logging_writes_best_and_last_checkpoint(
     assert "roc_auc" in (folder / "log.txt").read_text()  # the metrics' names
 
 
-@pytest.mark.xfail(strict=True, reason="epochs go to a logger without PyHealth's file")
 def test_log_file_has_every_epoch(train_set, val_set, tmp_path):
     trainer = trainer_of(
         tiny(train_set),
@@ -838,7 +836,6 @@ def test_a_loss_that_is_not_finite_is_an_error(train_set, loaders, method):
     assert trainer.model.augment is True
 
 
-@pytest.mark.xfail(strict=True, reason="the series is blamed for the data")
 def test_a_loss_that_is_not_finite_is_no_fault_of_the_series(train_set, loaders):
     trainer = trainer_of(tiny(train_set))
     with pytest.raises(ArithmeticError, match=r"loss is nan"):
@@ -847,7 +844,6 @@ def test_a_loss_that_is_not_finite_is_no_fault_of_the_series(train_set, loaders)
         )
 
 
-@pytest.mark.xfail(strict=True, reason="a hypergradient of nan is taken")
 def test_a_hypergradient_that_is_not_finite_never_reaches_the_policy(
     train_set, loaders
 ):

@@ -192,7 +192,9 @@ def _derivative_along(
     """
     try:
         return _forward_over_reverse(loss, params, hparams, direction, of)
-    except NotImplementedError:  # torch has no forward mode for some operation
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # torch has no forward mode for some operation
         return _reverse_over_reverse(loss, params, hparams, direction, of)
 
 
@@ -204,6 +206,11 @@ def _forward_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
             name: forward_ad.make_dual(start[name], direction[name]) for name in start
         }
         value = loss(moving, hparams if of == "params" else leaves)
+        if value.requires_grad and forward_ad.unpack_dual(value).tangent is None:
+            raise ValueError(
+                f"No gradient reaches {', '.join(params)}: the training loss does not "
+                "use the params that it is given."
+            )
         gradients = _named_gradient(value, leaves)
         tangents = {
             name: forward_ad.unpack_dual(gradient).tangent
@@ -219,9 +226,16 @@ def _forward_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
 def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Tensor]:
     weights, others = _leaves(params), _leaves(hparams)
     with torch.enable_grad():
-        gradients = _named_gradient(loss(weights, others), weights, create_graph=True)
-        product = sum((gradients[name] * direction[name]).sum() for name in gradients)
-        return _named_gradient(product, weights if of == "params" else others)
+        value = loss(weights, others)
+        wanted = weights if of == "params" else {**weights, **others}
+        gradients = _named_gradient(value, wanted, create_graph=True)
+        product = sum((gradients[name] * direction[name]).sum() for name in weights)
+    wanted = weights if of == "params" else others
+    # Used, as was just seen; a gradient that does not bend has derivative zero.
+    derivatives = torch.autograd.grad(
+        product, list(wanted.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(wanted, derivatives, strict=True))
 
 
 def _leaves(tensors: Tensors) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def inner_step_of(optimizer: Optimizer, params: Mapping[str, Tensor]) -> InnerSt
 
     if isinstance(optimizer, SGD):
         return _sgd_step(groups, states)
-    return _adam_step(groups, states, decoupled=isinstance(optimizer, AdamW))
+    return _adam_step(groups, states)
 
 
 def _sgd_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerStep:
@@ -90,14 +90,12 @@ def _sgd_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerSt
     return step
 
 
-def _adam_step(
-    groups: Mapping[str, dict], states: Mapping[str, dict], decoupled: bool
-) -> InnerStep:
+def _adam_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerStep:
     def step(params: Tensors, grads: Tensors):
         after, slope, roots = {}, {}, {}
         for name, w in params.items():
             after[name], slope[name], roots[name] = _adam_element(
-                w, grads[name], groups[name], states[name], decoupled
+                w, grads[name], groups[name], states[name]
             )
         dead = DEAD_SHARE * _root_mean_square(roots)
         for name, root in roots.items():
@@ -108,7 +106,7 @@ def _adam_step(
 
 
 def _adam_element(
-    w: Tensor, gradient: Tensor, group: dict, state: dict, decoupled: bool
+    w: Tensor, gradient: Tensor, group: dict, state: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (w after the step, its slope, the root of the second moment).
 
@@ -118,13 +116,13 @@ def _adam_element(
     """
     lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
     beta1, beta2 = group["betas"]
-    if decoupled:
+    if group["decoupled_weight_decay"]:  # AdamW sets it
         w = w * (1 - lr * decay)
     else:
         gradient = gradient + decay * w
     first = state.get("exp_avg", torch.zeros_like(w))
     second = state.get("exp_avg_sq", torch.zeros_like(w))
-    time = state.get("step", 0) + 1
+    time = float(state.get("step", 0)) + 1  # a float32 tensor would round the powers
     share1 = (1 - beta1) / (1 - beta1**time)
     share2 = (1 - beta2) / (1 - beta2**time)
     mean = beta1 * first / (1 - beta1**time) + share1 * gradient

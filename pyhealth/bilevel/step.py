@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
@@ -26,7 +27,8 @@ def classifier_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that the training loss trains, by name.
 
-    Left out are the policy's and ``BaseModel._dummy_param``, an empty parameter that
+    Left out are the policy's, those of a policy of the model's own that another one
+    replaces, and ``BaseModel._dummy_param``, an empty parameter that
     only says on which device a PyHealth model is.
 
     Args:
@@ -40,7 +42,8 @@ def classifier_parameters(
         >>> list(classifier_parameters(torch.nn.Linear(2, 1), TaskAugPolicy()))
         ['weight', 'bias']
     """
-    of_policy = {id(parameter) for parameter in policy.parameters()}
+    policies = [policy, getattr(model, "policy", policy)]
+    of_policy = {id(parameter) for p in policies for parameter in p.parameters()}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -144,6 +147,11 @@ class BiLevelStep:
         seed = self._draw_seed()
         self.optimizer.zero_grad()
         loss = self._backward(batch, augmented.detach(), seed)
+        if not loss.isfinite():
+            raise ArithmeticError(
+                f"The training loss is {loss.item()}. Take a smaller inner_lr, and "
+                "look for records with extreme values."
+            )
         if self.method == "darts":
             through = self._augmented_validation(val_batch)
             cotangent = self._darts(val_batch, through)
@@ -196,15 +204,19 @@ class BiLevelStep:
 
     def _to_policy(self, augmented: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         leaves = dict(self.policy.named_parameters())
+        # Where every record drew no_op no magnitude took part, and its derivative is
+        # zero; that is the only way in which a parameter can be unused here.
         gradients = torch.autograd.grad(
-            augmented, list(leaves.values()), grad_outputs=cotangent
+            augmented, list(leaves.values()), grad_outputs=cotangent, allow_unused=True
         )
-        return dict(zip(leaves, gradients, strict=True))
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+        }
 
     def _validation_loss(self, params: Tensors, batch: Batch, seed: int) -> Tensor:
-        training = self.val_statistics == "batch"
         x = batch[self.input_key]
-        return self._pure_loss(params, batch, x, seed, training=training)
+        return self._pure_loss(params, batch, x, seed, training=False)
 
     def _backward(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
         self.model.train()
@@ -225,6 +237,10 @@ class BiLevelStep:
         # Copies take the running statistics that a training forward would update.
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         self.model.train(training)
+        if not training and self.val_statistics == "batch":
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()  # only these: dropout stays off
         with _fixed_seed(seed, x.device):
             output = functional_call(
                 self.model,

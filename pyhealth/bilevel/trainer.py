@@ -23,7 +23,8 @@ from .step import Batch, BiLevelStep, classifier_parameters
 
 __all__ = ["BiLevelTrainer"]
 
-logger = logging.getLogger(__name__)
+# Below PyHealth's trainer, whose log file then gets these lines too.
+logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 #: Steps between two updates of the progress bar; each waits for the device.
 POSTFIX_EVERY = 10
@@ -343,6 +344,12 @@ class _Outer:
 
     def add(self, gradient: dict[str, Tensor]) -> None:
         """Take one hypergradient; step the policy when there are enough."""
+        bad = [name for name, value in gradient.items() if not value.isfinite().all()]
+        if bad:
+            raise ArithmeticError(
+                f"The hypergradient of {', '.join(bad)} is not finite; the policy was "
+                "left as it was. Look for extreme values in the validation data."
+            )
         self.seen.append(gradient["logits"].flatten())
         self.waiting.append(gradient)
         if len(self.waiting) < self.accumulate:

@@ -123,7 +123,7 @@ class PTBXLDataset(BaseDataset):
             # What shapes the event table and PyHealth's cache key does not see.
             dataset_name=(
                 f"{dataset_name or 'ptbxl'}_{sampling_rate}hz"
-                f"_likelihood{self.min_likelihood:g}_{digest}"
+                f"_likelihood{self.min_likelihood!r}_{digest}"
             ),
             config_path=str(
                 config_path or Path(__file__).parent / "configs" / "ptbxl.yaml"
@@ -187,13 +187,17 @@ class PTBXLDataset(BaseDataset):
             ValueError: if a record cannot be used, or a part has no record.
         """
         task = self.default_task if task is None else task
+        self.skipped_records = []
         if isinstance(split, RecordSplit):
             split = split.bind(self.records(task))
         parts = super().set_task(
             task, num_workers, input_processors, output_processors, split
         )
-        first = parts if split is None else parts[0]
-        self.skipped_records = self._missing_from(first)
+        if isinstance(split, RecordSplit):
+            self._check_parts(parts, split)
+        if getattr(task, "on_error", None) == "skip":
+            first = parts if split is None else parts[0]
+            self.skipped_records = self._missing_from(first)
         if self.skipped_records:
             logger.warning(
                 "%d records were skipped as unreadable; ecg_id %s",
@@ -220,6 +224,18 @@ class PTBXLDataset(BaseDataset):
             .sort("ecg_id")
             .collect()
         )
+
+    def _check_parts(
+        self, parts: tuple[SampleDataset, ...], split: RecordSplit
+    ) -> None:
+        """Raise if skipping has emptied a part that the split fills."""
+        filled = {part for part, _ in split.parts().values()}
+        for part in filled:
+            if not len(parts[part]):
+                raise ValueError(
+                    f"No readable record is left in part {part} of the split (0 train, "
+                    "1 validation, 2 test). Fetch its records again."
+                )
 
     def _missing_from(self, samples: SampleDataset) -> list[int]:
         """Return the ecg_id of the records that gave no sample."""
@@ -331,21 +347,28 @@ def _describe(
     min_likelihood: float,
 ) -> pd.DataFrame:
     """Turn published rows into event attributes with proper types."""
-    age = pd.to_numeric(frame["age"]).astype("Float64")
+    needed = ["patient_id", "ecg_id", "age", "sex", "strat_fold", "scp_codes"]
+    needed += ["recording_date", "validated_by_human", PATH_COLUMNS[sampling_rate]]
+    missing = [name for name in needed if name not in frame.columns]
+    if missing:
+        raise ValueError(
+            f"ptbxl_database.csv has no column {', '.join(missing)}. Fetch it again."
+        )
+    age = _numbers(frame, "age")
     result = pd.DataFrame(
         {
             # PTB-XL writes whole numbers as 15709.0.
             "patient_id": frame["patient_id"].astype("string").str.removesuffix(".0"),
             "recording_date": frame["recording_date"].astype("string"),
-            "ecg_id": _integers(frame["ecg_id"]),
+            "ecg_id": _integers(frame, "ecg_id"),
             "record_path": root
             + "/"
             + frame[PATH_COLUMNS[sampling_rate]].astype("string"),
             "sampling_rate": pd.array([sampling_rate] * len(frame), dtype="Int64"),
             "age": age,
             "age_is_censored": (age >= CENSORED_AGE).astype("boolean"),
-            "sex": _integers(frame["sex"]),
-            "strat_fold": _integers(frame["strat_fold"]),
+            "sex": _integers(frame, "sex"),
+            "strat_fold": _integers(frame, "strat_fold"),
             "validated_by_human": frame["validated_by_human"].astype("string")
             == "True",
             "scp_codes": frame["scp_codes"].astype("string"),
@@ -368,16 +391,30 @@ def _describe(
     return result
 
 
-def _integers(column: pd.Series) -> pd.Series:
-    return pd.to_numeric(column).astype("Float64").astype("Int64")
+def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
+    try:
+        return pd.to_numeric(frame[name]).astype("Float64")
+    except ValueError as error:
+        raise ValueError(f"ptbxl_database.csv, column {name}: {error}.") from error
+
+
+def _integers(frame: pd.DataFrame, name: str) -> pd.Series:
+    numbers = _numbers(frame, name)
+    broken = numbers[(numbers % 1 != 0).fillna(False)]
+    if len(broken):
+        raise ValueError(
+            f"ptbxl_database.csv, column {name}: expected whole numbers, found "
+            f"{broken.iloc[0]}."
+        )
+    return numbers.astype("Int64")
 
 
 def _superclass_likelihoods(
     ecg_id: int, scp_codes: str, class_of: Mapping[str, str]
 ) -> dict[str, float]:
     try:
-        codes = parse_scp_codes(scp_codes)
-    except (ValueError, TypeError) as error:
+        codes = parse_scp_codes("" if pd.isna(scp_codes) else scp_codes)
+    except ValueError as error:
         raise ValueError(f"ptbxl_database.csv, ecg_id {ecg_id}: {error}") from error
     result: dict[str, float] = {}
     for code, likelihood in codes.items():

@@ -77,12 +77,17 @@ class RecordSplit(Split):
         """
         parts: list[list[int]] = [[], [], []]
         for patient, indices in patient_to_index.items():
-            part, used = self._bound().get(patient, (None, None))
+            part, used = self.parts().get(patient, (None, None))
             if part is not None:
                 parts[part].extend(indices[:used])
         return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
-    def _bound(self) -> Mapping[str, tuple[int, int | None]]:
+    def parts(self) -> Mapping[str, tuple[int, int | None]]:
+        """Return each patient's part and how many of its records are used (None: all).
+
+        Raises:
+            ValueError: before :meth:`bind`.
+        """
         if self._part_of is None:
             raise ValueError(
                 f"{type(self).__name__} does not know the folds yet: use it with "
@@ -91,7 +96,7 @@ class RecordSplit(Split):
         return self._part_of
 
     def _digest(self) -> str:
-        text = repr(sorted(self._bound().items()))
+        text = repr(sorted(self.parts().items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -140,6 +145,8 @@ class StratFoldSplit(RecordSplit):
             for fold in folds
         }
         present = set(records["strat_fold"].unique())
+        if not self.train:
+            raise ValueError("The training part needs a fold, got train=().")
         for name in ("train", "val", "test"):
             folds = getattr(self, name)
             if folds and not present & set(folds):
@@ -209,6 +216,11 @@ class CohortSplit(RecordSplit):
             raise ValueError(f"test must name folds from 1 to 10, got {self.test}.")
 
     def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]:
+        if "label" not in records.columns:
+            raise ValueError(
+                "A cohort keeps the prevalence of the task's label, and this task has "
+                "no label_expression(); use StratFoldSplit."
+            )
         pool = records.filter(~pl.col("strat_fold").is_in(self.test))
         held_out = records.filter(pl.col("strat_fold").is_in(self.test))
         if len(pool) < self.n_records:
@@ -230,6 +242,11 @@ class CohortSplit(RecordSplit):
                 break
             assigned[patient] = (part, min(count, left))
             left -= min(count, left)
+        if not {0, 1} <= {part for part, _ in assigned.values()}:
+            raise ValueError(
+                f"A cohort of {self.n_records} records leaves nobody to train or to "
+                "validate on. Take a larger n_records or another val_fraction."
+            )
         return assigned
 
     def _ranked(self, pool: pl.DataFrame) -> list[tuple[str, int, int]]:

@@ -252,8 +252,15 @@ class TaskAugPolicy(nn.Module):
             ]
         return PolicyDraw(tuple(stages))
 
-    def apply(self, x: Tensor, labels: Tensor | None, draw: PolicyDraw) -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        draw: PolicyDraw | None = None,
+    ) -> Tensor:
         """Augment with a given draw: a deterministic function of the parameters.
+
+        With a function as the only argument it is ``torch.nn.Module.apply``.
 
         Args:
             x: signals (B, C, T).
@@ -265,6 +272,8 @@ class TaskAugPolicy(nn.Module):
         Returns:
             Augmented signals (B, C, T).
         """
+        if draw is None:  # nn.Module's own, by which a model initialises its parts
+            return super().apply(x)
         for stage, stage_draw in enumerate(draw.stages):
             x = self._apply_stage(stage, x, labels, stage_draw)
         return x

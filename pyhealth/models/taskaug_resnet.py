@@ -85,6 +85,11 @@ class TaskAugResNet(BaseModel):
                 "TaskAugResNet takes one input and one label, got inputs "
                 f"{self.feature_keys} and labels {self.label_keys}."
             )
+        if self.mode != "binary" and policy_stages and not shared_magnitudes:
+            raise ValueError(
+                f"The label {self.label_keys[0]!r} is {self.mode}, but class-specific "
+                "magnitudes are for a binary one; pass shared_magnitudes=True."
+            )
         self.feature_key = self.feature_keys[0]
         self.label_key = self.label_keys[0]
         self.train_policy_jointly = train_policy_jointly

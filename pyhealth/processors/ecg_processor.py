@@ -118,9 +118,9 @@ class ECGProcessor(FeatureProcessor):
         normalize: Normalization = "lead",
         leads: Sequence[str] = STANDARD_LEADS,
     ) -> None:
-        if not sampling_rate > 0:
+        if not 0 < sampling_rate < math.inf:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}.")
-        if length < 1:
+        if length < 1 or length != int(length):
             raise ValueError(f"length must be 1 or more, got {length}.")
         if normalize not in NORMALIZATIONS:
             raise ValueError(
@@ -279,6 +279,10 @@ def _read_wfdb(path: str) -> wfdb.Record:
         raise RecordError(path, problem) from error
     if record.p_signal is None or not record.p_signal.size:
         raise RecordError(path, "holds no samples. Fetch the record again.")
+    if not record.fs > 0 or None in record.sig_name:
+        raise RecordError(
+            path, f"the header lacks the sampling rate or a lead's name. {remedy}"
+        )
     return record
 
 
