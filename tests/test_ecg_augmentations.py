@@ -237,7 +237,7 @@ class TestEveryOperation:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_rounds_values_and_not_time(name, dtype):
-    """Half floats cannot count to 3000: times and positions must not be kept in them."""
+    """Half floats cannot count to 3000: they must not hold times and positions."""
     op, x = AUGMENTATIONS[name], ecg(2, 2, 3000, rate=500.0, dtype=dtype)
     draw = op.draw(x.shape, generator=seeded(1))
     m = magnitude_at(op, 0.8, 2, torch.float32)
