@@ -171,7 +171,8 @@ class PTBXLDataset(BaseDataset):
 
         A :class:`StratFoldSplit` or :class:`CohortSplit` is first told the folds and
         labels of this dataset's records, which a PyHealth split cannot see. Records
-        that the task skips are listed in ``skipped_records``.
+        that the task skips are listed in ``skipped_records``; the cache does not see
+        that a waveform was mended since, so delete it then.
 
         Args:
             task: the task; default :attr:`default_task`.

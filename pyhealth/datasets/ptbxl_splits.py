@@ -179,7 +179,8 @@ class CohortSplit(RecordSplit):
     Patients are drawn, not records, so nobody is on two sides; of the last patient as
     many records are used as make N. The prevalence of the label is kept, to one
     patient. Cohorts of one seed are nested: the 1000 lie within the 2500, train within
-    train and validation within validation.
+    train and validation within validation. A record that the task then skips as
+    unreadable counts in N.
 
     Args:
         n_records: number of records N to train and validate on.
