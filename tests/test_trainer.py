@@ -290,14 +290,20 @@ def test_train_loss_is_the_mean_over_the_batches(train_set, loaders):
 
 
 def test_without_hypergradient_the_policy_augments_but_keeps_its_bytes(
-    train_set, loaders
+    train_set, val_set
 ):
     results = []
     for start in (0.01, 0.9):
         policy = external_policy(initial_magnitude=start)
         before = bytes_of(policy)
         trainer = trainer_of(tiny(train_set), policy)
-        trainer.train(*loaders, epochs=2, hypergradient=None, warmup_epochs=0)
+        trainer.train(
+            get_dataloader(train_set, 8, shuffle=True, seed=0),
+            get_dataloader(val_set, 12),
+            epochs=2,
+            hypergradient=None,
+            warmup_epochs=0,
+        )
         assert bytes_of(policy) == before
         results.append(trainer.history[-1]["train_loss"])
     assert results[0] != results[1]
