@@ -42,8 +42,13 @@ def classifier_parameters(
         >>> list(classifier_parameters(torch.nn.Linear(2, 1), TaskAugPolicy()))
         ['weight', 'bias']
     """
-    policies = [policy, getattr(model, "policy", policy)]
-    of_policy = {id(parameter) for p in policies for parameter in p.parameters()}
+    policies = [policy, getattr(model, "policy", None)]
+    of_policy = {
+        id(parameter)
+        for owner in policies
+        if isinstance(owner, TaskAugPolicy)
+        for parameter in owner.parameters()
+    }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -220,7 +225,7 @@ class BiLevelStep:
 
     def _backward(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
         self.model.train()
-        with _fixed_seed(seed, x.device):
+        with _fixed_seed(seed):
             loss = self.model(**{**batch, self.input_key: x})["loss"]
         loss.backward()
         unused = [name for name, p in self.params.items() if p.grad is None]
@@ -241,7 +246,7 @@ class BiLevelStep:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()  # only these: dropout stays off
-        with _fixed_seed(seed, x.device):
+        with _fixed_seed(seed):
             output = functional_call(
                 self.model,
                 ({**params}, buffers),
@@ -259,8 +264,9 @@ class BiLevelStep:
 
 
 @contextmanager
-def _fixed_seed(seed: int, device: torch.device) -> Iterator[None]:
+def _fixed_seed(seed: int) -> Iterator[None]:
     """Seed the global generators (dropout reads them) and put them back after."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # manual_seed reseeds every CUDA device, also where the batch is still on the CPU.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -81,7 +81,7 @@ class BiLevelTrainer(Trainer):
         seed: int | None = None,
     ) -> None:
         own = getattr(model, "policy", None)
-        if policy is None and own is None:
+        if policy is None and not isinstance(own, TaskAugPolicy):
             raise ValueError(
                 f"{type(model).__name__} has no policy of its own; pass policy=..."
             )
@@ -180,7 +180,9 @@ class BiLevelTrainer(Trainer):
         )
         learns = hypergradient is not None and self.policy.num_stages > 0
         outer = _Outer(self.policy, outer_lr, accumulate) if learns else None
-        batches = self._policy_batches(policy_dataloader or val_dataloader)
+        batches = self._policy_batches(
+            val_dataloader if policy_dataloader is None else policy_dataloader
+        )
         self.history = []
         best = _Best(monitor, monitor_criterion, patience)
         with _augmented_by_trainer(self.model):
