@@ -514,8 +514,10 @@ def test_a_part_that_skipping_has_emptied_is_an_error(breakable):
     dataset, records = breakable
     for path in records.filter(strat_fold=9)["record_path"]:
         Path(f"{path}.dat").unlink()
-    with pytest.raises(ValueError):  # as the docstring of set_task promises
+    lost = records.filter(strat_fold=9)["ecg_id"].sort().to_list()
+    with pytest.raises(ValueError, match="Fetch the skipped records") as caught:
         dataset.set_task(ECGBinaryClassification(**SKIP), split=StratFoldSplit())
+    assert str(lost) in str(caught.value)
 
 
 def test_a_skipped_record_counts_in_the_n_of_a_cohort(breakable):

@@ -194,11 +194,11 @@ class PTBXLDataset(BaseDataset):
         parts = super().set_task(
             task, num_workers, input_processors, output_processors, split
         )
-        if isinstance(split, RecordSplit):
-            self._check_parts(parts, split)
         if getattr(task, "on_error", None) == "skip":
             first = parts if split is None else parts[0]
             self.skipped_records = self._missing_from(first)
+        if isinstance(split, RecordSplit):
+            self._check_parts(parts, split)
         if self.skipped_records:
             logger.warning(
                 "%d records were skipped as unreadable; ecg_id %s",
@@ -235,7 +235,8 @@ class PTBXLDataset(BaseDataset):
             if not len(parts[part]):
                 raise ValueError(
                     f"No readable record is left in part {part} of the split (0 train, "
-                    "1 validation, 2 test). Fetch its records again."
+                    "1 validation, 2 test). Fetch the skipped records again: ecg_id "
+                    f"{self.skipped_records}."
                 )
 
     def _missing_from(self, samples: SampleDataset) -> list[int]:

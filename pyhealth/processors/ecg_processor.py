@@ -62,6 +62,10 @@ class RecordError(ValueError):
         super().__init__(path, problem)
         self.path = path
 
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str]]:
+        """Say how to make it again: Dask's way of pickling needs it told."""
+        return type(self), self.args
+
     def __str__(self) -> str:
         """Return path and problem as one sentence."""
         return f"{self.args[0]}: {self.args[1]}"
@@ -129,7 +133,7 @@ class ECGProcessor(FeatureProcessor):
         if not leads or len({name.upper() for name in leads}) != len(leads):
             raise ValueError(f"leads must be different names, got {list(leads)}.")
         self.sampling_rate = sampling_rate
-        self.length = length
+        self.length = int(length)
         self.normalize = normalize
         self.leads = tuple(leads)
         self.learns_statistics = normalize == "dataset"
@@ -205,7 +209,14 @@ class ECGProcessor(FeatureProcessor):
         return signal, constant
 
     def _pick(self, path: str, record: wfdb.Record) -> np.ndarray:
-        index = {name.upper(): i for i, name in enumerate(record.sig_name)}
+        names = [name.upper() for name in record.sig_name]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if set(twice) & {name.upper() for name in self.leads}:
+            raise RecordError(
+                path,
+                f"lead {', '.join(twice)} is there twice. Mend the header's names.",
+            )
+        index = {name: i for i, name in enumerate(names)}
         missing = [name for name in self.leads if name.upper() not in index]
         if missing:
             raise RecordError(
