@@ -95,6 +95,7 @@ def step_of(model, policy, optimizer="adam", warmup=3, seed=0, **settings):
     params = classifier_parameters(model, policy)
     optimizers = {
         "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+        "fused adam": lambda p: torch.optim.Adam(p, lr=0.05, fused=True),
         "adam with weight decay": lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1),
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     }
@@ -578,3 +579,56 @@ def test_a_policy_beside_the_models_own_replaces_it(resnet):
     _, gradient = step.inner_and_outer(batch_of(12, seed=0), batch_of(8, seed=1))
     assert flattened(gradient).norm() > 0
     assert_same_bytes(resnet.policy.state_dict(), own)
+
+
+# Steps that are not finite
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "fused adam"])
+@pytest.mark.parametrize(
+    ("where", "method"),
+    [("training", "inner")]
+    + [(where, method) for where in ("training", "validation") for method in METHODS],
+)
+def test_a_step_that_is_not_finite_changes_nothing(smooth, where, method, optimizer):
+    """Also where the optimiser leaves the step out by itself, as on a GPU."""
+    settings = {} if method == "inner" else {"method": method}
+    if method == "neumann":
+        settings["neumann_lr"] = 0.1
+    step = step_of(smooth, policy_of(), optimizer, **settings)
+    batch, val_batch = batch_of(12, seed=0), batch_of(8, seed=1)
+    spoiled = {"training": batch, "validation": val_batch}[where]
+    spoiled["ecg"][3, 1, 2] = torch.nan
+    before = everything(step)
+
+    if method == "inner":
+        step.inner(batch)
+    else:
+        _, gradient = step.inner_and_outer(batch, val_batch)
+        assert all(not value.any() for value in gradient.values())
+
+    assert not step.finite
+    assert_same(everything(step), before)
+    step.inner(batch_of(12, seed=2))  # the next one is taken
+    assert step.finite
+    changed = everything(step)
+    assert not changed["weights"]["head.weight"].equal(before["weights"]["head.weight"])
+
+
+def everything(step):
+    return deepcopy(
+        {
+            "weights": step.model.state_dict(),
+            "policy": step.policy.state_dict(),
+            "optimizer": step.optimizer.state_dict()["state"],
+        }
+    )
+
+
+def assert_same(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    else:
+        assert torch.equal(one, other)

@@ -213,7 +213,7 @@ def test_history_has_a_row_an_epoch_and_the_policy_moves_after_the_warmup(
     )
 
     scores = {"epoch", "train_loss", "roc_auc", "loss", "seconds"}
-    scores |= {"hypergradient_norm", "hypergradient_snr"}
+    scores |= {"hypergradient_norm", "hypergradient_snr", "bad_steps"}
     of_policy = {
         f"{column}/0/{name}"
         for column in ("probability", "magnitude_neg", "magnitude_pos")
@@ -223,6 +223,7 @@ def test_history_has_a_row_an_epoch_and_the_policy_moves_after_the_warmup(
     assert all(row.keys() == scores | of_policy for row in trainer.history)
     assert all(math.isfinite(row["train_loss"]) for row in trainer.history)
     assert all(row["seconds"] > 0 for row in trainer.history)
+    assert all(row["bad_steps"] == 0 for row in trainer.history)
     assert seen[:2] == [start, start]
     assert (seen[2] != start) == (method is not None)
     for key in ("hypergradient_norm", "hypergradient_snr"):
@@ -799,6 +800,10 @@ def test_a_model_without_a_policy_is_refused(train_set):
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"outer_every": 0}, "outer_every must be 1 or more, got 0"),
         ({"accumulate": 0}, "accumulate must be 1 or more, got 0"),
+        ({"max_bad_steps": 0}, "max_bad_steps must be 1 or more, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be 1 or more, got 0"),
+        ({"checkpoint_every": 9}, "checkpoint_every need a folder.*enable_logging"),
+        ({"resume": True}, "resume.*need a folder.*enable_logging=True"),
         ({"val_statistics": "none"}, "running.*batch.*'none'"),
         ({"monitor": "pr_auc"}, r"'pr_auc' is none of .*'roc_auc'.*metrics="),
         ({"monitor_criterion": "most"}, "most"),
@@ -832,35 +837,91 @@ def with_nan(name):
     return get_dataloader(dataset, 8)
 
 
-@pytest.mark.parametrize("method", ["one_step", "darts", None])
-def test_a_loss_that_is_not_finite_is_an_error(train_set, loaders, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    train_set, loaders, messages, method
+):
+    """One record of 24 is nan: one batch of three in each epoch."""
+    model = tiny(train_set)
+    trainer = trainer_of(model)
+    trainer.train(
+        with_nan("train"),
+        loaders[1],
+        epochs=2,
+        hypergradient=method,
+        warmup_epochs=0,
+        load_best_model_at_last=False,
+    )
+    assert [row["bad_steps"] for row in trainer.history] == [1, 1]
+    assert all(math.isfinite(row["train_loss"]) for row in trainer.history)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert value.isfinite().all(), name
+    assert int(model.norm.num_batches_tracked) == 4
+    assert all(p.isfinite().all() for p in trainer.policy.parameters())
+    told = [line for line in messages.messages if "not finite" in line]
+    assert len(told) == 2 and "epoch 0: 1 step" in told[0]
+
+
+def test_a_hypergradient_that_is_not_finite_leaves_the_whole_step_out(
+    train_set, loaders
+):
+    """Validation batches are 8 of 24 records, one of them with nan: 2 of 6 are bad."""
+    model = tiny(train_set)
+    trainer = trainer_of(model)
+    trainer.train(
+        *loaders,
+        epochs=2,
+        warmup_epochs=0,
+        policy_dataloader=with_nan("val"),
+        load_best_model_at_last=False,
+    )
+    assert [row["bad_steps"] for row in trainer.history] == [1, 1]
+    assert int(model.norm.num_batches_tracked) == 4
+    assert all(p.isfinite().all() for p in trainer.policy.parameters())
+    assert all(math.isfinite(row["hypergradient_norm"]) for row in trainer.history)
+
+
+def all_nan(name):
+    dataset = samples_of(name, seed=5)
+    for sample in dataset:
+        sample["ecg"][1, 3] = math.nan
+    return get_dataloader(dataset, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_many_steps_that_are_not_finite_end_the_run(train_set, loaders, method):
     trainer = trainer_of(resnet(train_set))
+    before = bytes_of(trainer.model)
     with pytest.raises(
-        ArithmeticError, match=r"training loss is nan.*inner_lr.*records"
+        ArithmeticError,
+        match=r"^4 steps in a row.*loss is nan.*epoch 1.*inner_lr.*records",
     ):
         trainer.train(
-            with_nan("train"), loaders[1], hypergradient=method, warmup_epochs=0
+            all_nan("train"),
+            loaders[1],
+            epochs=5,
+            hypergradient=method,
+            warmup_epochs=0,
+            max_bad_steps=4,
         )
+    assert bytes_of(trainer.model) == before
+    assert trainer.history[0]["bad_steps"] == 3  # the row of bad steps outlives it
+    assert math.isnan(trainer.history[0]["train_loss"])
     assert trainer.model.augment is True
 
 
-def test_a_loss_that_is_not_finite_is_no_fault_of_the_series(train_set, loaders):
-    trainer = trainer_of(tiny(train_set))
-    with pytest.raises(ArithmeticError, match=r"loss is nan"):
-        trainer.train(
-            with_nan("train"), loaders[1], hypergradient="neumann", warmup_epochs=0
-        )
+def test_a_hopeless_run_ends_with_the_best_epoch(train_set, val_set):
+    trainer = trainer_of(tiny(train_set), kind=Scripted)
+    trainer.scores, trainer.states = itertools.count(9, -1), []
+    loader = get_dataloader(train_set, 12, shuffle=True, seed=0)
 
+    def spoil(trainer):
+        if len(trainer.history) == 2:
+            trainer.model.head.weight.data.fill_(math.inf)
 
-def test_a_hypergradient_that_is_not_finite_never_reaches_the_policy(
-    train_set, loaders
-):
-    trainer = trainer_of(tiny(train_set))
-    with pytest.raises(ArithmeticError):
-        trainer.train(
-            *loaders, epochs=1, warmup_epochs=0, policy_dataloader=with_nan("val")
-        )
-    assert all(p.isfinite().all() for p in trainer.policy.parameters())
+    with pytest.raises(ArithmeticError, match="those of the best epoch"):
+        trainer.train(loader, get_dataloader(val_set, 12), epochs=9, on_epoch=spoil)
+    assert bytes_of(trainer.model, trainer.policy) == trainer.states[0]
 
 
 def test_diverging_series_is_an_error(train_set, loaders):

@@ -249,7 +249,8 @@ def _neumann(train_loss, params, hparams, gradient, lr, terms) -> dict[str, Tens
         product = _derivative_along(train_loss, params, hparams, term, of="params")
         term = {name: term[name] - lr * product[name] for name in term}
         size = _norm(term)
-        if not size <= DIVERGENCE_RATIO * first:
+        # A gradient that is not finite is no fault of the series.
+        if math.isfinite(first) and not size <= DIVERGENCE_RATIO * first:
             raise ArithmeticError(
                 f"The Neumann series diverges: a term is {size / first:.3g} times the "
                 "first. Take a smaller neumann_lr or fewer neumann_terms."

@@ -122,7 +122,7 @@ def _adam_element(
         gradient = gradient + decay * w
     first = state.get("exp_avg", torch.zeros_like(w))
     second = state.get("exp_avg_sq", torch.zeros_like(w))
-    time = float(state.get("step", 0)) + 1  # a float32 tensor would round the powers
+    time = _double(state.get("step", 0)) + 1
     share1 = (1 - beta1) / (1 - beta1**time)
     share2 = (1 - beta2) / (1 - beta2**time)
     mean = beta1 * first / (1 - beta1**time) + share1 * gradient
@@ -131,6 +131,13 @@ def _adam_element(
     bend = mean * share2 * gradient / (root * (root + eps))
     slope = lr * (share1 - torch.where(root > 0, bend, 0)) / (root + eps)
     return w - update, slope, root
+
+
+def _double(step: float | Tensor) -> float | Tensor:
+    """Return Adam's count of steps in double precision, for exact powers."""
+    # A fused optimiser counts on the device; reading that here would wait for it.
+    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
+    return step.double() if on_device else float(step)
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor]) -> Tensor:

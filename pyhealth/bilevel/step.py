@@ -69,6 +69,9 @@ class BiLevelStep:
     The augmented batch itself is the hyper-parameter of the network part: its
     derivative is formed first, then one backward pass takes it through the policy.
 
+    A step whose loss, gradient or hypergradient is not finite is not taken: weights,
+    optimiser and buffers stay as they were, and the hypergradient is zero.
+
     Args:
         model: a PyHealth model whose output has a "loss".
         policy: the augmentation policy.
@@ -82,6 +85,9 @@ class BiLevelStep:
         neumann_lr: step of the series, "neumann" only.
         val_statistics: BatchNorm in the validation forward: "running" statistics, as at
             test time, or those of the "batch".
+
+    Attributes:
+        finite: 0-dim tensor, whether the last step was taken.
 
     Examples:
         See :class:`~pyhealth.bilevel.trainer.BiLevelTrainer`, which drives it.
@@ -115,6 +121,11 @@ class BiLevelStep:
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
+        self.finite = torch.tensor(True)
+        # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
+        # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
+        # nothing. The series of "neumann" asks for its norms in any case.
+        self._asks = not optimizer.defaults.get("fused") or method == "neumann"
 
     def inner(self, batch: Batch, joint: bool = False) -> Tensor:
         """Take one inner step.
@@ -130,8 +141,9 @@ class BiLevelStep:
         with torch.set_grad_enabled(joint):
             augmented = self.policy(x, labels, self.generator)
         self.optimizer.zero_grad()
+        buffers = self._buffers()
         loss = self._backward(batch, augmented, self._draw_seed())
-        self.optimizer.step()
+        self._take_if(self._finite(loss), buffers)
         return loss
 
     def inner_and_outer(
@@ -151,20 +163,51 @@ class BiLevelStep:
         augmented = self.policy.apply(x, labels, draw)
         seed = self._draw_seed()
         self.optimizer.zero_grad()
+        buffers = self._buffers()
         loss = self._backward(batch, augmented.detach(), seed)
-        if not loss.isfinite():
-            raise ArithmeticError(
-                f"The training loss is {loss.item()}. Take a smaller inner_lr, and "
-                "look for records with extreme values."
-            )
+        finite = self._finite(loss)
+        if self._asks and not finite:
+            self._take_if(finite, buffers)
+            return loss, self._zeros()
         if self.method == "darts":
             through = self._augmented_validation(val_batch)
             cotangent = self._darts(val_batch, through)
         else:
             through = augmented
             cotangent = self._through_weights(batch, augmented, val_batch, seed)
-        self.optimizer.step()
-        return loss, self._to_policy(through, cotangent)
+        gradient = self._to_policy(through, cotangent)
+        for value in gradient.values():
+            finite = finite & value.isfinite().all()
+        self._take_if(finite, buffers)
+        zeros = self._zeros()
+        return loss, {n: torch.where(finite, g, zeros[n]) for n, g in gradient.items()}
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        # One number tells it: where the norm overflows, so would Adam's squares.
+        gradients = [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        return (loss + torch.nn.utils.get_total_norm(gradients)).isfinite()
+
+    def _take_if(self, finite: Tensor, buffers: Tensors) -> None:
+        """Step the weights if all was finite; else put the buffers back."""
+        self.finite = finite
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(torch.where(finite, buffer, buffers[name]))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(p) for n, p in self.policy.named_parameters()}
 
     def _through_weights(
         self, batch: Batch, augmented: Tensor, val_batch: Batch, seed: int
@@ -240,7 +283,7 @@ class BiLevelStep:
         self, params: Tensors, batch: Batch, x: Tensor, seed: int, *, training: bool
     ) -> Tensor:
         # Copies take the running statistics that a training forward would update.
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        buffers = self._buffers()
         self.model.train(training)
         if not training and self.val_statistics == "batch":
             for module in self.model.modules():

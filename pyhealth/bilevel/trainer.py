@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -17,8 +19,13 @@ from tqdm import tqdm
 
 from ..datasets import SampleDataset, get_dataloader
 from ..models.taskaug_policy import TaskAugPolicy
-from ..trainer import Trainer, _cpu_state_dict, is_best
+from ..trainer import Trainer, _cpu_state_dict
+from .checkpoint import write_whole
 from .hypergradient import METHODS, Method
+from .keeper import RunKeeper, settings_of_run
+from .loader_position import LoaderPosition
+from .outer import PolicyOptimizer
+from .run_state import BestEpoch, RunState
 from .step import Batch, BiLevelStep, classifier_parameters
 
 __all__ = ["BiLevelTrainer"]
@@ -37,8 +44,14 @@ class BiLevelTrainer(Trainer):
     and logging are inherited. After ``train``, ``history`` holds one dict an epoch:
     epoch (from 0), train_loss, the validation scores, hypergradient_norm and
     hypergradient_snr (norm of the logits' mean hypergradient over its standard error;
-    near 1 it is noise), seconds, and the policy: ``probability/<stage>/<operation>``,
+    near 1 it is noise), bad_steps (not taken because loss, gradient or hypergradient
+    was not finite), seconds, and the policy: ``probability/<stage>/<operation>``,
     ``magnitude_neg/...`` and ``magnitude_pos/...`` in the operations' units.
+
+    With logging, a run is kept on the disk and can go on after a crash or a signal from
+    where it was: see ``resume``. SIGTERM and Ctrl-C end it after the step or evaluation
+    under way and a checkpoint, with
+    :class:`~pyhealth.bilevel.interruption.TrainingInterrupted`; a second one at once.
 
     Args:
         model: a :class:`~pyhealth.models.taskaug_resnet.TaskAugResNet` or, if a policy
@@ -46,7 +59,8 @@ class BiLevelTrainer(Trainer):
         checkpoint_path: checkpoint to load.
         metrics: names of the validation scores, see PyHealth's metrics.
         device: default CUDA if there is one.
-        enable_logging: write a log, last.ckpt and best.ckpt below ``output_path``.
+        enable_logging: write a log, last.ckpt, best.ckpt and checkpoints/ to go on from
+            below ``output_path``.
         output_path: default ``./output``.
         exp_name: name of the run's folder; default the time.
         policy: the augmentation policy; default the model's own.
@@ -88,6 +102,7 @@ class BiLevelTrainer(Trainer):
         self.policy = own if policy is None else policy
         self.input_key = input_key
         self.history: list[dict[str, float]] = []
+        self._seed_is_given = seed is not None
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
         self.seed = seed
@@ -125,6 +140,9 @@ class BiLevelTrainer(Trainer):
         load_best_model_at_last: bool = True,
         patience: int | None = None,
         on_epoch: Callable[[Self], None] | None = None,
+        resume: bool | str = False,
+        checkpoint_every: int | None = None,
+        max_bad_steps: int = 10,
     ) -> None:
         """Train weights and policy.
 
@@ -154,12 +172,46 @@ class BiLevelTrainer(Trainer):
             load_best_model_at_last: end with the best epoch's weights and policy.
             patience: epochs without a new best before the training stops.
             on_epoch: called with the trainer after each epoch, to save its history.
+            resume: go on from the newest checkpoint of this run's folder, or start anew
+                where there is none, so that one command begins and continues a run; or
+                the path of a checkpoint. All other arguments must be the same, but
+                ``epochs`` may be more. With the same seeds, data and machine the end is
+                the same to the bit as without the interruption.
+            checkpoint_every: steps between two checkpoints; one is written at the end
+                of each epoch in any case.
+            max_bad_steps: steps in a row that are not finite, and so not taken, before
+                the run ends with an error.
 
         Raises:
-            ValueError: if an argument cannot be used, or the monitored score is nan.
-            ArithmeticError: if the loss is not finite, or a Neumann series diverges.
+            ValueError: if an argument cannot be used, the monitored score is nan, or
+                the checkpoint is of another run.
+            OSError: if checkpoints cannot be written; the last good one is kept.
+            ArithmeticError: if too many steps in a row are not finite (model and policy
+                are then those of the best epoch), or a Neumann series diverges.
+            TrainingInterrupted: after a signal.
         """
-        self._check(hypergradient, epochs, outer_every, accumulate, val_statistics)
+        arguments = dict(locals())
+        self._check(hypergradient, val_statistics)
+        _check_counts(
+            epochs=epochs,
+            outer_every=outer_every,
+            accumulate=accumulate,
+            checkpoint_every=1 if checkpoint_every is None else checkpoint_every,
+            max_bad_steps=max_bad_steps,
+        )
+        if policy_dataloader is None:
+            policy_dataloader = val_dataloader
+        keeper = RunKeeper(self.exp_path, resume, checkpoint_every)
+        settings = settings_of_run(
+            self.model,
+            self.policy,
+            arguments,
+            self.seed if self._seed_is_given else None,
+            {"training": train_dataloader, "policy's": policy_dataloader},
+        )
+        saved = keeper.begin(settings, self.model)
+        if saved is not None:
+            self.seed = saved["seed"]
         params = classifier_parameters(self.model, self.policy)
         joint = hypergradient is None and getattr(
             self.model, "train_policy_jointly", False
@@ -169,7 +221,12 @@ class BiLevelTrainer(Trainer):
             self.model,
             self.policy,
             params,
-            torch.optim.Adam(trained, lr=inner_lr, weight_decay=weight_decay),
+            torch.optim.Adam(
+                trained,
+                lr=inner_lr,
+                weight_decay=weight_decay,
+                fused=self.policy.logits.is_cuda or None,
+            ),
             self.input_key,
             self.model.label_keys[0],
             self._generator,
@@ -179,41 +236,52 @@ class BiLevelTrainer(Trainer):
             val_statistics=val_statistics,
         )
         learns = hypergradient is not None and self.policy.num_stages > 0
-        outer = _Outer(self.policy, outer_lr, accumulate) if learns else None
-        batches = self._policy_batches(
-            val_dataloader if policy_dataloader is None else policy_dataloader
-        )
         self.history = []
-        best = _Best(monitor, monitor_criterion, patience)
-        with _augmented_by_trainer(self.model):
-            for epoch in range(epochs):
-                active = outer if epoch >= warmup_epochs else None
-                self._run_epoch(
-                    epoch,
-                    epochs,
-                    train_dataloader,
-                    batches,
-                    step,
-                    active,
-                    outer_every,
-                    joint,
-                )
-                self._evaluate_epoch(val_dataloader, best)
+        run = RunState(
+            self.model,
+            self.policy,
+            step.optimizer,
+            PolicyOptimizer(self.policy, outer_lr, accumulate) if learns else None,
+            self._generator,
+            self.seed,
+            {
+                "train": LoaderPosition(train_dataloader),
+                "policy": self._policy_position(policy_dataloader),
+                "val": LoaderPosition(val_dataloader),
+            },
+            BestEpoch(monitor, monitor_criterion, patience),
+            self.history,
+        )
+        if saved is not None:
+            run.load_state_dict(saved)
+        plan = _Plan(epochs, warmup_epochs, outer_every, joint, max_bad_steps)
+        with _augmented_by_trainer(self.model), keeper:
+            keeper.write(run)
+            policy_batches = run.positions["policy"].endless()
+            while run.epoch < epochs and not run.best.exhausted:
+                self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
+                self._evaluate_epoch(val_dataloader, run.best)
                 if on_epoch is not None:
                     on_epoch(self)
-                if best.exhausted:
-                    logger.info("Early stopping after epoch %d", epoch)
-                    break
-        if load_best_model_at_last and best.state is not None:
-            self._restore(best.state)
+                run.epoch += 1
+                keeper.write(run)  # last: what is not in it is done again
+                keeper.leave_if_asked()
+        if run.best.exhausted:
+            logger.info("Early stopping after epoch %d", run.epoch - 1)
+        if load_best_model_at_last and run.best.state is not None:
+            self._restore(run.best.state)
         if test_dataloader is not None:
             logger.info("Test: %s", self.evaluate(test_dataloader))
 
     def save_ckpt(self, ckpt_path: str) -> None:
         """Save the model, and beside it a policy that is not part of it."""
-        super().save_ckpt(ckpt_path)
+        content = io.BytesIO()
+        super().save_ckpt(content)
+        write_whole(ckpt_path, content.getbuffer())
         if not self._owns_policy():
-            self.policy.save(f"{ckpt_path}.policy")
+            content = io.BytesIO()
+            self.policy.save(content)
+            write_whole(f"{ckpt_path}.policy", content.getbuffer())
 
     def load_ckpt(self, ckpt_path: str) -> None:
         """Load what :meth:`save_ckpt` wrote."""
@@ -222,18 +290,11 @@ class BiLevelTrainer(Trainer):
             saved = TaskAugPolicy.load(f"{ckpt_path}.policy")
             self.policy.load_state_dict(saved.state_dict())
 
-    def _check(self, method, epochs, outer_every, accumulate, val_statistics) -> None:
+    def _check(self, method: Method | None, val_statistics: str) -> None:
         if method is not None and method not in METHODS:
             raise ValueError(
                 f"hypergradient must be one of {list(METHODS)} or None, got {method!r}."
             )
-        for name, value in (
-            ("epochs", epochs),
-            ("outer_every", outer_every),
-            ("accumulate", accumulate),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
         if val_statistics not in ("running", "batch"):
             raise ValueError(
                 f"val_statistics must be 'running' or 'batch', got {val_statistics!r}."
@@ -247,31 +308,44 @@ class BiLevelTrainer(Trainer):
     def _run_epoch(
         self,
         epoch: int,
-        epochs: int,
-        loader: DataLoader,
-        val_batches: Iterator[Batch],
+        run: RunState,
         step: BiLevelStep,
-        outer: _Outer | None,
-        outer_every: int,
-        joint: bool,
+        policy_batches: Iterator[Batch],
+        plan: _Plan,
+        keeper: RunKeeper,
     ) -> None:
-        started = time.perf_counter()
-        losses: list[Tensor] = []
-        with tqdm(loader, desc=f"Epoch {epoch} / {epochs}", leave=False) as bar:
-            for index, batch in enumerate(bar):
-                if outer is not None and index % outer_every == 0:
-                    loss, gradient = step.inner_and_outer(batch, next(val_batches))
-                    outer.add(gradient)
+        outer = run.outer if epoch >= plan.warmup_epochs else None
+        position = run.positions["train"]
+        started = time.perf_counter() - run.seconds
+        bar = tqdm(
+            position.batches(),
+            desc=f"Epoch {epoch} / {plan.epochs}",
+            total=len(position.loader),
+            initial=position.taken,
+            leave=False,
+        )
+        with bar:
+            for batch in bar:
+                index = position.taken - 1
+                if outer is not None and index % plan.outer_every == 0:
+                    loss, gradient = step.inner_and_outer(batch, next(policy_batches))
+                    outer.add(gradient, step.finite)
                 else:
-                    loss = step.inner(batch, joint)
-                losses.append(loss)
-                if index % POSTFIX_EVERY == 0:
+                    loss = step.inner(batch, plan.joint)
+                run.log.add(loss, step.finite)
+                run.steps += 1
+                run.seconds = time.perf_counter() - started
+                shows = index % POSTFIX_EVERY == 0
+                # On a GPU this waits for the device, so not after every step.
+                if loss.device.type == "cpu" or shows or keeper.due(run):
+                    self._stop_if_hopeless(run, plan.max_bad_steps)
+                if shows:
                     bar.set_postfix(self._postfix(loss))
-        train_loss = torch.stack(losses).mean().item()
-        if not math.isfinite(train_loss):
-            raise ArithmeticError(
-                f"The training loss is {train_loss} in epoch {epoch}. Take a "
-                "smaller inner_lr, and look for records with extreme values."
+                keeper.after_step(run)
+        train_loss, bad_steps = run.log.close()
+        if bad_steps:
+            logger.warning(
+                "epoch %d: %d steps were not finite and not taken", epoch, bad_steps
             )
         norm, ratio = (math.nan, math.nan) if outer is None else outer.statistics()
         self.history.append(
@@ -280,12 +354,28 @@ class BiLevelTrainer(Trainer):
                 "train_loss": train_loss,
                 "hypergradient_norm": norm,
                 "hypergradient_snr": ratio,
-                "seconds": time.perf_counter() - started,
+                "bad_steps": bad_steps,
+                "seconds": run.seconds,
                 **_policy_row(self.policy),
             }
         )
+        run.seconds = 0.0
 
-    def _evaluate_epoch(self, loader: DataLoader, best: _Best) -> None:
+    def _stop_if_hopeless(self, run: RunState, limit: int) -> None:
+        if not run.log.reached(limit):
+            return
+        state = "as they were before these steps"
+        if run.best.state is not None:
+            self._restore(run.best.state)
+            state = "those of the best epoch"
+        raise ArithmeticError(
+            f"{limit} steps in a row were not finite (the last training "
+            f"loss is {run.log.losses[-1].item():.3g}) in epoch {run.epoch}; weights "
+            f"and policy are {state}. Take a smaller inner_lr, and look for records "
+            "with extreme values."
+        )
+
+    def _evaluate_epoch(self, loader: DataLoader, best: BestEpoch) -> None:
         row = self.history[-1]
         scores = {name: float(v) for name, v in self.evaluate(loader).items()}
         row.update(scores)
@@ -312,8 +402,8 @@ class BiLevelTrainer(Trainer):
             shown[f"stage {stage}"] = f"{name} {share:.2f}"
         return shown
 
-    def _policy_batches(self, loader: DataLoader) -> Iterator[Batch]:
-        """Yield validation batches without end, in an order of their own.
+    def _policy_position(self, loader: DataLoader) -> LoaderPosition:
+        """Return a loader of the policy's validation data, in an order of its own.
 
         A streaming dataset is its own iterator, so evaluation in between would upset
         this one: it gets a view of the same data for itself.
@@ -323,8 +413,7 @@ class BiLevelTrainer(Trainer):
             loader = get_dataloader(
                 view, loader.batch_size, shuffle=True, seed=self.seed
             )
-        while True:
-            yield from loader
+        return LoaderPosition(loader)
 
     def _owns_policy(self) -> bool:
         return any(module is self.policy for module in self.model.modules())
@@ -334,78 +423,15 @@ class BiLevelTrainer(Trainer):
         self.policy.load_state_dict(state[1])
 
 
-class _Outer:
-    """The policy's optimiser, with an average over several hypergradients."""
+@dataclass(frozen=True)
+class _Plan:
+    """What does not change during a run."""
 
-    def __init__(self, policy: TaskAugPolicy, lr: float, accumulate: int) -> None:
-        self.params = dict(policy.named_parameters())
-        self.optimizer = torch.optim.RMSprop(self.params.values(), lr=lr)
-        self.accumulate = accumulate
-        self.waiting: list[dict[str, Tensor]] = []
-        self.seen: list[Tensor] = []
-
-    def add(self, gradient: dict[str, Tensor]) -> None:
-        """Take one hypergradient; step the policy when there are enough."""
-        bad = [name for name, value in gradient.items() if not value.isfinite().all()]
-        if bad:
-            raise ArithmeticError(
-                f"The hypergradient of {', '.join(bad)} is not finite; the policy was "
-                "left as it was. Look for extreme values in the validation data."
-            )
-        self.seen.append(gradient["logits"].flatten())
-        self.waiting.append(gradient)
-        if len(self.waiting) < self.accumulate:
-            return
-        for name, parameter in self.params.items():
-            parameter.grad = torch.stack([g[name] for g in self.waiting]).mean(dim=0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.waiting = []
-
-    def statistics(self) -> tuple[float, float]:
-        """Return norm and signal-to-noise ratio since the last call, and forget."""
-        seen, self.seen = torch.stack(self.seen), []
-        norm = seen.norm(dim=1).mean().item()
-        if len(seen) < 2:
-            return norm, math.nan
-        error = (seen.var(dim=0).sum() / len(seen)).sqrt()
-        return norm, (seen.mean(dim=0).norm() / error).item()
-
-
-class _Best:
-    """Which epoch is best so far, and for how long it has been."""
-
-    def __init__(self, monitor: str, criterion: str, patience: int | None) -> None:
-        self.monitor = monitor
-        self.criterion = criterion
-        self.patience = patience
-        self.score = -math.inf if criterion == "max" else math.inf
-        self.waited = 0
-        self.state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-
-    def update(self, scores: dict[str, float]) -> bool:
-        """Take an epoch's scores; return whether it is the best so far."""
-        if self.monitor not in scores:
-            raise ValueError(
-                f"monitor {self.monitor!r} is none of the scores {sorted(scores)}; add "
-                "it to metrics=[...]."
-            )
-        score = scores[self.monitor]
-        if math.isnan(score):
-            raise ValueError(
-                f"The validation score {self.monitor!r} is nan: the validation data "
-                "hold one class only. Use more records, or monitor='loss' with "
-                "monitor_criterion='min'."
-            )
-        better = is_best(self.score, score, self.criterion)
-        self.score = score if better else self.score
-        self.waited = 0 if better else self.waited + 1
-        return better
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the patience has run out."""
-        return self.patience is not None and self.waited >= self.patience
+    epochs: int
+    warmup_epochs: int
+    outer_every: int
+    joint: bool
+    max_bad_steps: int
 
 
 @contextmanager
@@ -428,3 +454,9 @@ def _policy_row(policy: TaskAugPolicy) -> dict[str, float]:
         for column in ("probability", "magnitude_neg", "magnitude_pos"):
             row[f"{column}/{entry['stage']}/{entry['operation']}"] = entry[column]
     return row
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")

@@ -1,0 +1,199 @@
+"""Keeping a run on the disk: how it begins or goes on, when it is written and ends."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..datasets import SampleDataset
+from ..models.taskaug_policy import TaskAugPolicy
+from .checkpoint import CheckpointFolder
+from .interruption import StopSignals, TrainingInterrupted
+from .run_state import RunState, check_compatible
+
+__all__ = ["RunKeeper", "settings_of_run"]
+
+logger = logging.getLogger("pyhealth.trainer.bilevel")
+
+#: Arguments of ``train`` that may differ in the run that goes on.
+FREE_ARGUMENTS = (
+    "epochs",
+    "load_best_model_at_last",
+    "resume",
+    "checkpoint_every",
+    "on_epoch",
+    "policy_dataloader",  # None or a loader, which is compared by its data
+    "test_dataloader",
+)
+
+
+class RunKeeper:
+    """Reads and writes the checkpoints of one run, and heeds signals meanwhile.
+
+    Args:
+        exp_path: folder of the run; None keeps nothing, and signals do what they do.
+        resume: whether to go on from the newest checkpoint, or the path of one.
+        every: steps between two checkpoints; None for the ends of epochs only.
+
+    Raises:
+        ValueError: if there is no folder for ``resume`` or ``every``.
+
+    Examples:
+        See :class:`~pyhealth.bilevel.trainer.BiLevelTrainer`, which drives it.
+
+        >>> RunKeeper(None, resume=True)
+        Traceback (most recent call last):
+        ValueError: resume and checkpoint_every need a folder; build the trainer with \
+enable_logging=True.
+    """
+
+    def __init__(
+        self, exp_path: str | None, resume: bool | str = False, every: int | None = None
+    ) -> None:
+        if exp_path is None and (resume or every):
+            raise ValueError(
+                "resume and checkpoint_every need a folder; build the trainer with "
+                "enable_logging=True."
+            )
+        self.resume = resume
+        self.every = every
+        self.settings: dict[str, dict] = {}
+        self.folder = None
+        if exp_path is not None:
+            self.folder = CheckpointFolder(os.path.join(exp_path, "checkpoints"))
+        self._signals = StopSignals(enabled=exp_path is not None)
+
+    def begin(
+        self, settings: dict[str, dict], model: nn.Module
+    ) -> dict[str, object] | None:
+        """See that checkpoints can be written, and read the one to go on from.
+
+        Args:
+            settings: of this run, see :func:`settings_of_run`.
+            model: of this run.
+
+        Returns:
+            The checkpoint, fit for this run; None to start anew.
+
+        Raises:
+            OSError: if checkpoints cannot be written.
+            CheckpointError: if there is a checkpoint that cannot be used.
+        """
+        self.settings = settings
+        if self.folder is None:
+            return None
+        # Weights, Adam's two moments, the best epoch.
+        self.folder.prepare(4 * sum(value.nbytes for value in _tensors(model)))
+        if not self.resume:
+            return None
+        resume = self.resume
+        saved = self.folder.newest() if resume is True else self.folder.read(resume)
+        if saved is not None:
+            check_compatible(saved, settings, model)
+            logger.info("Going on from %s", self.folder.last)
+        return saved
+
+    def __enter__(self) -> Self:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._signals.__exit__(*error)
+
+    def due(self, run: RunState) -> bool:
+        """Return whether :meth:`after_step` is going to write."""
+        return self._signals.received is not None or (
+            self.every is not None and run.steps % self.every == 0
+        )
+
+    def after_step(self, run: RunState) -> None:
+        """Write a checkpoint if one is due; leave if a signal came.
+
+        Args:
+            run: the run, between two steps.
+
+        Raises:
+            TrainingInterrupted: after a signal.
+        """
+        # Not amid steps that were not finite: the one before them may be better.
+        if self._signals.received or (self.due(run) and not run.log.in_a_row):
+            self.write(run)
+        self.leave_if_asked()
+
+    def write(self, run: RunState) -> None:
+        """Write a checkpoint."""
+        if self.folder is not None:
+            state = {"settings": self.settings, **run.state_dict()}
+            self.folder.write(state, run.steps)
+
+    def leave_if_asked(self) -> None:
+        """End the run after a signal; the caller has just written a checkpoint."""
+        if self._signals.received is not None:
+            raise TrainingInterrupted(
+                f"Training was stopped by a signal; {self.folder.last} is written. Go "
+                "on with the same command and resume=True.",
+                self._signals.received,
+            )
+
+
+def settings_of_run(
+    model: nn.Module,
+    policy: TaskAugPolicy,
+    arguments: Mapping[str, object],
+    seed: int | None,
+    loaders: Mapping[str, DataLoader],
+) -> dict[str, dict]:
+    """Return all that decides a run, as plain values, in the order to compare.
+
+    Args:
+        model: the classifier.
+        policy: the policy.
+        arguments: of ``train``; those that are no plain values are left out.
+        seed: of the trainer, if it was given.
+        loaders: of the training and the policy's data, by name.
+
+    Returns:
+        Values by name, in groups.
+
+    Examples:
+        >>> settings_of_run(model, policy, {"epochs": 3}, 0, {})  # doctest: +SKIP
+    """
+    names = ("num_stages", "op_names", "shared_magnitudes", "temperature")
+    names += ("selection", "sampling_rate", "dropout_by")
+    compared = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, int | float | str | None) and name not in FREE_ARGUMENTS
+    }
+    return {
+        "task": {
+            "name": model.dataset.task_name,
+            "labels": list(model.label_keys),
+            "mode": model.mode,
+        },
+        "policy": {name: getattr(policy, name) for name in names},
+        "data": {name: _digest(loader) for name, loader in loaders.items()},
+        "argument": {**compared, "seed": seed},
+    }
+
+
+def _digest(loader: DataLoader) -> str:
+    """Digest which samples there are, how they are made and in what batches."""
+    dataset = loader.dataset
+    if isinstance(dataset, SampleDataset):
+        schemas = (dataset.input_schema, dataset.output_schema)
+        content = repr((schemas, sorted(dataset.patient_to_index.items())))
+    else:
+        content = str(len(loader))
+    content = f"{content} in batches of {loader.batch_size}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _tensors(model: nn.Module) -> list:
+    return list(model.state_dict().values())

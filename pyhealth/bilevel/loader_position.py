@@ -1,0 +1,164 @@
+"""Where a loader stands in its data, so that a run can go on from there to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from .step import Batch
+
+__all__ = ["LoaderPosition", "global_random_state", "set_global_random_state"]
+
+
+class LoaderPosition:
+    """The passes over one loader; state and return to any batch of them.
+
+    The order of a pass is decided when it starts: by the seed and pass number of a
+    PyHealth loader, by a generator or by torch's global one for other loaders. That
+    state is kept, and a resumed pass starts from it and skips the batches that were
+    seen. A loader whose order has other sources cannot be resumed to the bit.
+
+    Args:
+        loader: the loader, which stays the caller's.
+
+    Attributes:
+        taken: batches given in the pass under way.
+
+    Examples:
+        >>> loader = DataLoader(range(6), 2, shuffle=True)
+        >>> position = LoaderPosition(loader)
+        >>> batches = position.batches()
+        >>> first, state = next(batches), position.state_dict()
+        >>> resumed = LoaderPosition(loader)
+        >>> resumed.load_state_dict(state)
+        >>> next(batches).equal(next(resumed.batches()))
+        True
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self.taken = 0
+        self._start: dict[str, object] | None = None
+        self._resumed: Iterator[Batch] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of one pass, or the rest of the resumed one."""
+        iterator, self._resumed = self._resumed, None
+        if iterator is None:
+            self._start, self.taken = self._state(), 0
+            iterator = iter(self.loader)
+        for batch in iterator:
+            self.taken += 1
+            yield batch
+        self._start, self.taken = None, 0
+
+    def endless(self) -> Iterator[Batch]:
+        """Yield the batches of one pass after the other.
+
+        Raises:
+            ValueError: if the loader has none.
+        """
+        while True:
+            given = self.taken  # of a resumed pass, which may have none left
+            for batch in self.batches():
+                given += 1
+                yield batch
+            if not given:
+                raise ValueError("The policy's validation loader has no batch.")
+
+    def state_dict(self) -> dict[str, object]:
+        """Return where the loader stands."""
+        return {"start": self._start, "taken": self.taken, "now": self._state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go to where :meth:`state_dict` was called.
+
+        It moves the global random states, which the caller puts where they belong.
+
+        Args:
+            state: from :meth:`state_dict`.
+        """
+        if state["start"] is None or state["taken"] == 0:
+            self._start, self.taken, self._resumed = None, 0, None
+            self._set_state(state["start"] or state["now"])
+            return
+        self._start, self.taken = state["start"], state["taken"]
+        self._set_state(self._start)
+        self._resumed = iter(self.loader)
+        for _ in range(self.taken):
+            next(self._resumed)
+        self._set_state(state["now"])
+
+    def _generators(self) -> list[torch.Generator]:
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        owners = (
+            self.loader,
+            getattr(self.loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        )
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+    def _numbers(self) -> dict[str, int]:
+        """Return the seed and pass number that a PyHealth loader has."""
+        numbers = {name: getattr(self.loader, name, None) for name in ("epoch", "seed")}
+        return {k: number for k, number in numbers.items() if isinstance(number, int)}
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "numbers": self._numbers(),
+            "generators": [g.get_state() for g in self._generators()],
+            "global": global_random_state(),
+        }
+
+    def _set_state(self, state: dict) -> None:
+        for name, number in state["numbers"].items():
+            setattr(self.loader, name, number)
+        for generator, saved in zip(
+            self._generators(), state["generators"], strict=True
+        ):
+            generator.set_state(saved)
+        set_global_random_state(state["global"])
+
+
+def global_random_state() -> dict[str, object]:
+    """Return the states of torch's, NumPy's and Python's global generators.
+
+    Examples:
+        >>> state = global_random_state()
+        >>> before = torch.rand(1)
+        >>> set_global_random_state(state)
+        >>> torch.rand(1).equal(before)
+        True
+    """
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_global_random_state(state: dict) -> None:
+    """Put the global generators into a state.
+
+    A state of other CUDA devices than there are now leaves CUDA's as they are.
+
+    Args:
+        state: from :func:`global_random_state`.
+
+    Examples:
+        >>> set_global_random_state(global_random_state())
+    """
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])

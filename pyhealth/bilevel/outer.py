@@ -1,0 +1,104 @@
+"""The policy's optimiser, and the statistics of its hypergradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..models.taskaug_policy import TaskAugPolicy
+
+__all__ = ["PolicyOptimizer"]
+
+
+class PolicyOptimizer:
+    """RMSprop on the mean of several hypergradients.
+
+    Args:
+        policy: the policy to learn.
+        lr: learning rate.
+        accumulate: hypergradients that are averaged for one step.
+
+    Examples:
+        >>> policy = TaskAugPolicy(num_stages=1, operations=("no_op", "time_mask"))
+        >>> outer = PolicyOptimizer(policy, lr=0.1, accumulate=1)
+        >>> gradient = {n: torch.ones_like(p) for n, p in policy.named_parameters()}
+        >>> outer.add(gradient, torch.tensor(True))
+        >>> policy.logits.data
+        tensor([[-1.0000, -1.0000]])
+    """
+
+    def __init__(self, policy: TaskAugPolicy, lr: float, accumulate: int) -> None:
+        self.params = dict(policy.named_parameters())
+        self.optimizer = torch.optim.RMSprop(self.params.values(), lr=lr)
+        self.accumulate = accumulate
+        self.waiting: list[tuple[dict[str, Tensor], Tensor]] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, gradient: dict[str, Tensor], finite: Tensor) -> None:
+        """Take one hypergradient; step the policy when there are enough.
+
+        Args:
+            gradient: by the policy's parameter names.
+            finite: 0-dim, whether it is to be used.
+        """
+        gradient = {name: torch.where(finite, g, 0) for name, g in gradient.items()}
+        self.seen.append((gradient["logits"].flatten(), finite))
+        self.waiting.append((gradient, finite))
+        if len(self.waiting) < self.accumulate:
+            return
+        count = sum(finite for _, finite in self.waiting)
+        for name, parameter in self.params.items():
+            total = sum(gradient[name] for gradient, _ in self.waiting)
+            parameter.grad = total / count.clamp_min(1)
+        self._step_if(count > 0)
+        self.waiting = []
+
+    def statistics(self) -> tuple[float, float]:
+        """Return norm and signal-to-noise ratio since the last call, and forget."""
+        seen = [logits for logits, finite in self.seen if finite]
+        self.seen = []
+        if not seen:
+            return math.nan, math.nan
+        seen = torch.stack(seen)
+        norm = seen.norm(dim=1).mean().item()
+        if len(seen) < 2:
+            return norm, math.nan
+        error = (seen.var(dim=0).sum() / len(seen)).sqrt()
+        return norm, (seen.mean(dim=0).norm() / error).item()
+
+    def state_dict(self) -> dict[str, object]:
+        """Return everything that later steps depend on."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "waiting": self.waiting,
+            "seen": self.seen,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        device = self.params["logits"].device
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.waiting = [
+            ({name: g.to(device) for name, g in gradient.items()}, finite.to(device))
+            for gradient, finite in state["waiting"]
+        ]
+        self.seen = [(g.to(device), finite.to(device)) for g, finite in state["seen"]]
+
+    def _step_if(self, wanted: Tensor) -> None:
+        # Taken and, if unwanted, taken back on the device itself: asking it first would
+        # make it wait in every step, and these are some dozens of numbers.
+        state = self.optimizer.state
+        before = [
+            (p.detach().clone(), state[p]["square_avg"].clone() if state[p] else 0)
+            for p in self.params.values()
+        ]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for parameter, (value, square) in zip(
+            self.params.values(), before, strict=True
+        ):
+            parameter.data.copy_(torch.where(wanted, parameter.data, value))
+            moment = state[parameter]["square_avg"]
+            moment.copy_(torch.where(wanted, moment, square))
