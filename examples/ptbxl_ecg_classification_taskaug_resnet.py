@@ -65,6 +65,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
     add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
     add("--output_dir", default="output/taskaug", help="where to write")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what is in --output_dir; begin where there is nothing",
+    )
+    add(
+        "--checkpoint_every",
+        type=int,
+        metavar="STEPS",
+        help="write checkpoints within epochs too; after each epoch only",
+    )
     add("--cache_dir", help="where prepared data are kept; the user's cache")
     add(
         "--base_width", type=int, help="width of the ResNet; 64, or 16 with --synthetic"
@@ -159,7 +170,14 @@ def run_mode(arguments: argparse.Namespace) -> None:
         "lr_sweep": lambda: lr_sweep(base),
     }[arguments.mode]()
     seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
-    table = compare(configurations, seeds, data, arguments.output_dir)
+    table = compare(
+        configurations,
+        seeds,
+        data,
+        arguments.output_dir,
+        arguments.resume,
+        arguments.checkpoint_every,
+    )
     print(f"\n{arguments.task} on the test records")
     print(summary(table))
     print("\nPictures:")
@@ -184,9 +202,13 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ArithmeticError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"Stopped; see {arguments.output_dir}.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(
+            f"Stopped; see {arguments.output_dir}. To go on, give the same command "
+            "with --resume.",
+            file=sys.stderr,
+        )
+        return getattr(stopped, "exit_code", 130)  # of a signal that training noted
     return 0
 
 

@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import logging
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
+from tqdm import tqdm
 
 import pyhealth
 from pyhealth.bilevel import comparison, experiment
@@ -242,6 +246,77 @@ def test_a_failing_run_keeps_what_it_had_written(run, tmp_path, capsys, monkeypa
     assert "nan in epoch 1" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "history.csv")) == 1
     assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_killed_run_goes_on_with_resume(finished, run, tmp_path):
+    """Killed in the second epoch, in a process of its own."""
+    same = ("--mode=bilevel", "--warmup_epochs=0", "--resume", "--checkpoint_every=1")
+
+    def killed():
+        tqdm.set_lock(threading.RLock())  # else shared with this process
+        original, left = os.replace, 3
+
+        def deadly(source, target):
+            nonlocal left
+            left -= "step-" in str(target) and (tmp_path / "history.csv").exists()
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(source, target)
+
+        os.replace = deadly
+        run(tmp_path, *same)
+
+    # Not by multiprocessing, in whose children PyHealth does not prepare data.
+    child = os.fork()
+    if child == 0:
+        try:
+            killed()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 1
+    assert not (tmp_path / "predictions.csv").exists()
+
+    assert run(tmp_path, *same) == 0
+    for name in ("predictions.csv", "policy.json", "records.csv"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    histories = [
+        pd.read_csv(folder / "history.csv", dtype=str).drop(columns="seconds")
+        for folder in (tmp_path, finished)
+    ]
+    assert histories[0].equals(histories[1])
+    ours, theirs = (torch.load(f / "best.ckpt") for f in (tmp_path, finished))
+    assert all(value.equal(theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr=0.5"], "has settings lr 0.001, now it is 0.5"),
+        (["--task=HYP"], "has task task_label 'MI', now it is 'HYP'"),
+        (["--n_records=150"], "has other data"),
+    ],
+)
+def test_resume_refuses_another_run(finished, run, capsys, arguments, words):
+    before = (finished / "config.json").read_bytes()
+    assert run(finished, "--warmup_epochs=0", "--resume", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_signal_is_the_exit_code(run, tmp_path, capsys, monkeypatch):
+    original = experiment.BiLevelTrainer._run_epoch
+
+    def stopped(trainer, epoch, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        original(trainer, epoch, *arguments)
+
+    monkeypatch.setattr(experiment.BiLevelTrainer, "_run_epoch", stopped)
+    assert run(tmp_path) == 143
+    assert "same command with --resume" in capsys.readouterr().err
+    assert list((tmp_path / "checkpoints").glob("step-00000001.ckpt"))
 
 
 def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):

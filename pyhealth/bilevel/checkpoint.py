@@ -103,7 +103,8 @@ class CheckpointFolder:
         content = io.BytesIO()
         torch.save(state, content)
         try:
-            write_whole(path, content.getbuffer())
+            with content.getbuffer() as whole:
+                write_whole(path, whole)
         except OSError as error:
             kept = f"{self.last} is whole" if self.last else "There is none before it"
             raise OSError(

@@ -74,6 +74,8 @@ def compare(
     seeds: Sequence[int],
     data: PreparedData,
     folder: str | Path,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
 ) -> pd.DataFrame:
     """Run every configuration with every seed and tabulate the test scores.
 
@@ -87,6 +89,8 @@ def compare(
         seeds: of the runs; they replace the settings' own.
         data: from :func:`~pyhealth.bilevel.experiment.prepare`.
         folder: where to write, one sub-folder a run.
+        resume: go on with runs that were begun there; a finished one is only evaluated.
+        checkpoint_every: steps between two checkpoints.
 
     Returns:
         One row a run: configuration, seed, n, positives, roc_auc, pr_auc, accuracy,
@@ -103,7 +107,9 @@ def compare(
         for seed in seeds:
             target = folder / name.replace(" ", "_") / f"seed_{seed}"
             target = folder if alone else target
-            predictions = run(replace(settings, seed=seed), data, target)
+            predictions = run(
+                replace(settings, seed=seed), data, target, resume, checkpoint_every
+            )
             rows.append({"configuration": name, "seed": seed, **_scores(target)})
             pd.DataFrame(rows).to_csv(folder / "comparison.csv", index=False)
             if seed == seeds[0] and predictions["label"].nunique() == 2:

@@ -29,6 +29,7 @@ from ..models.taskaug_policy import TaskAugPolicy
 from ..models.taskaug_resnet import TaskAugResNet
 from ..processors.ecg_processor import ECGProcessor
 from ..tasks.ecg_classification import ECGBinaryClassification
+from .checkpoint import write_whole
 from .hypergradient import Method
 from .plots import plot_ecg, plot_learning_curves, plot_policy, plot_roc_pr
 from .trainer import BiLevelTrainer
@@ -164,32 +165,46 @@ def prepare(
     return PreparedData(dataset, task, train, val, test, description)
 
 
-def run(settings: RunSettings, data: PreparedData, folder: str | Path) -> pd.DataFrame:
+def run(
+    settings: RunSettings,
+    data: PreparedData,
+    folder: str | Path,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+) -> pd.DataFrame:
     """Train, evaluate on the test part once, and write everything into a folder.
 
-    Written are config.json and records.csv (before training), history.csv (after every
-    epoch), best.ckpt, policy.pt, policy.json, predictions.csv, metrics.json and the
-    pictures learning_curves.png, policy.png, roc_pr.png and ecg_augmented.png.
+    Written are config.json and records.csv (before training), history.csv and last.ckpt
+    (after every epoch), checkpoints/ to go on from, best.ckpt, policy.pt, policy.json,
+    predictions.csv, metrics.json and the pictures learning_curves.png, policy.png,
+    roc_pr.png and ecg_augmented.png.
 
     Args:
         settings: of the run.
         data: from :func:`prepare`.
         folder: where to write; made if missing.
+        resume: go on with the run that was begun in this folder, if there is one; all
+            settings but the number of epochs and the device must be the same.
+        checkpoint_every: steps between two checkpoints, beside those after each epoch.
 
     Returns:
         The test predictions: ecg_id, patient_id, label, probability.
 
     Raises:
-        ValueError: if the data do not allow training, one class only, say.
+        ValueError: if the data do not allow training, one class only, say, or the run
+            to go on with is another one.
 
     Examples:
         >>> run(RunSettings(epochs=3), data, "output/mi")  # doctest: +SKIP
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", _configuration(settings, data))
-    _records_table(data).to_csv(folder / "records.csv", index=False)
-    trainer = _train(settings, data, folder)
+    configuration = _configuration(settings, data)
+    if resume:
+        _check_same_run(folder / "config.json", configuration)
+    _write_json(folder / "config.json", configuration)
+    _write_table(folder / "records.csv", _records_table(data))
+    trainer = _train(settings, data, folder, resume, checkpoint_every)
     trainer.save_ckpt(str(folder / "best.ckpt"))
     trainer.policy.save(folder / "policy.pt")
     best = _best_epoch(trainer.history)
@@ -201,7 +216,7 @@ def run(settings: RunSettings, data: PreparedData, folder: str | Path) -> pd.Dat
         },
     )
     predictions = _predict(trainer, data.test, settings.batch_size)
-    predictions.to_csv(folder / "predictions.csv", index=False)
+    _write_table(folder / "predictions.csv", predictions)
     metrics = {
         "best_epoch": best,
         "seconds": sum(row["seconds"] for row in trainer.history),
@@ -240,7 +255,13 @@ def score(predictions: pd.DataFrame) -> dict[str, float | int | None]:
     }
 
 
-def _train(settings: RunSettings, data: PreparedData, folder: Path) -> BiLevelTrainer:
+def _train(
+    settings: RunSettings,
+    data: PreparedData,
+    folder: Path,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+) -> BiLevelTrainer:
     # The policy takes no random number to build, so a seed gives the same initial
     # backbone under every kind of policy.
     torch.manual_seed(settings.seed)
@@ -270,6 +291,9 @@ def _train(settings: RunSettings, data: PreparedData, folder: Path) -> BiLevelTr
         enable_logging=False,
         seed=settings.seed,
     )
+    # Not by enable_logging: PyHealth's log file of one run of a comparison would go on
+    # to take the lines of all later ones.
+    trainer.exp_path = str(folder)
     trainer.train(
         _loader(data.train, settings, shuffle=True),
         _loader(data.val, settings, shuffle=False),
@@ -278,7 +302,11 @@ def _train(settings: RunSettings, data: PreparedData, folder: Path) -> BiLevelTr
         outer_lr=settings.outer_lr,
         warmup_epochs=settings.warmup_epochs,
         hypergradient=settings.hypergradient if settings.policy == "learned" else None,
-        on_epoch=lambda trainer: _write_history(trainer, folder / "history.csv"),
+        on_epoch=lambda trainer: _write_table(
+            folder / "history.csv", pd.DataFrame(trainer.history)
+        ),
+        resume=resume,
+        checkpoint_every=checkpoint_every,
     )
     return trainer
 
@@ -394,9 +422,29 @@ def _digest(dataset: PTBXLDataset, parts: Iterable[SampleDataset]) -> str:
     return digest.hexdigest()
 
 
-def _write_history(trainer: BiLevelTrainer, path: Path) -> None:
-    pd.DataFrame(trainer.history).to_csv(path, index=False)
+def _check_same_run(path: Path, configuration: dict) -> None:
+    """See that the run begun in a folder is this one."""
+    if not path.exists():
+        return
+    begun = json.loads(path.read_text())
+    now = json.loads(json.dumps(configuration))  # tuples read back as lists
+    for group, of_group in now.items():
+        for name, value in of_group.items() if group in ("settings", "task") else ():
+            before = begun[group].get(name)
+            if before != value and name not in ("epochs", "device"):
+                raise ValueError(
+                    f"The run begun in {path.parent} has {group} {name} {before!r}, "
+                    f"now it is {value!r}. Use the same arguments or another folder."
+                )
+    if begun["data"]["digest"] != now["data"]["digest"]:
+        raise ValueError(
+            f"The run begun in {path.parent} has other data. Use another folder."
+        )
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, table.to_csv(index=False).encode())
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -275,6 +275,11 @@ num_stages 2, this one has 1.
     for group, values in settings.items():
         saved = state["settings"][group]
         for name, value in values.items():
+            if saved.get(name) != value and group == "data":
+                raise CheckpointError(
+                    f"The checkpoint's run has other {name} data: other samples, other "
+                    "settings of their preparation, or another batch size."
+                )
             if saved.get(name) != value:
                 raise CheckpointError(
                     f"The checkpoint's run has {group} {name} {saved.get(name)!r}, "

@@ -207,7 +207,7 @@ class BiLevelTrainer(Trainer):
             self.policy,
             arguments,
             self.seed if self._seed_is_given else None,
-            {"training": train_dataloader, "policy's": policy_dataloader},
+            {"training": train_dataloader, "validation": policy_dataloader},
         )
         saved = keeper.begin(settings, self.model)
         if saved is not None:
@@ -277,11 +277,11 @@ class BiLevelTrainer(Trainer):
         """Save the model, and beside it a policy that is not part of it."""
         content = io.BytesIO()
         super().save_ckpt(content)
-        write_whole(ckpt_path, content.getbuffer())
+        write_whole(ckpt_path, content.getvalue())
         if not self._owns_policy():
             content = io.BytesIO()
             self.policy.save(content)
-            write_whole(f"{ckpt_path}.policy", content.getbuffer())
+            write_whole(f"{ckpt_path}.policy", content.getvalue())
 
     def load_ckpt(self, ckpt_path: str) -> None:
         """Load what :meth:`save_ckpt` wrote."""
