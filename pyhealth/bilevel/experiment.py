@@ -168,8 +168,8 @@ def run(settings: RunSettings, data: PreparedData, folder: str | Path) -> pd.Dat
     """Train, evaluate on the test part once, and write everything into a folder.
 
     Written are config.json and records.csv (before training), history.csv (after every
-    epoch), best.ckpt, policy.pt, policy.json, predictions.csv, metrics.json and the
-    pictures learning_curves.png, policy.png, roc_pr.png and ecg_augmented.png.
+    epoch), best.ckpt, policy.json (to read and to load), predictions.csv, metrics.json
+    and the pictures learning_curves.png, policy.png, roc_pr.png and ecg_augmented.png.
 
     Args:
         settings: of the run.
@@ -191,14 +191,9 @@ def run(settings: RunSettings, data: PreparedData, folder: str | Path) -> pd.Dat
     _records_table(data).to_csv(folder / "records.csv", index=False)
     trainer = _train(settings, data, folder)
     trainer.save_ckpt(str(folder / "best.ckpt"))
-    trainer.policy.save(folder / "policy.pt")
     best = _best_epoch(trainer.history)
-    _write_json(
-        folder / "policy.json",
-        {
-            "epoch": best,
-            "stages": trainer.policy.to_frame().to_dict(orient="records"),
-        },
+    trainer.policy.save(
+        folder / "policy.json", provenance=_provenance(settings, data, best)
     )
     predictions = _predict(trainer, data.test, settings.batch_size)
     predictions.to_csv(folder / "predictions.csv", index=False)
@@ -381,6 +376,17 @@ def _configuration(settings: RunSettings, data: PreparedData) -> dict:
             **{package: version(package) for package in PACKAGES},
         },
         "threads": torch.get_num_threads(),
+    }
+
+
+def _provenance(settings: RunSettings, data: PreparedData, epoch: int) -> dict:
+    return {
+        "policy": settings.policy,
+        "task": data.task.task_label,
+        "normalize": data.task.normalize,
+        "data_digest": data.description["digest"],
+        "seed": settings.seed,
+        "epoch": epoch,
     }
 
 

@@ -18,6 +18,15 @@ from tqdm import tqdm
 from ..datasets import SampleDataset, get_dataloader
 from ..models.taskaug_policy import TaskAugPolicy
 from ..trainer import Trainer, _cpu_state_dict, is_best
+from .batchnorm import batchnorm_statistics_kept, reestimate_batchnorm
+from .checks import (
+    check_label,
+    check_learning,
+    check_loaders,
+    check_monitor,
+    check_same_kind,
+    expected_scores,
+)
 from .hypergradient import METHODS, Method
 from .step import Batch, BiLevelStep, classifier_parameters
 
@@ -55,7 +64,8 @@ class BiLevelTrainer(Trainer):
             if the loaders are seeded too. Default: drawn from torch's generator.
 
     Raises:
-        ValueError: if there is no policy.
+        ValueError: if there is no policy, or the policy's magnitudes are of two classes
+            and the model's label is not binary.
 
     Source:
         Raghu et al., CHIL 2022, algorithm 1. Departures: the exact one-step derivative
@@ -86,6 +96,7 @@ class BiLevelTrainer(Trainer):
                 f"{type(model).__name__} has no policy of its own; pass policy=..."
             )
         self.policy = own if policy is None else policy
+        check_label(model, self.policy)
         self.input_key = input_key
         self.history: list[dict[str, float]] = []
         if seed is None:
@@ -125,6 +136,7 @@ class BiLevelTrainer(Trainer):
         load_best_model_at_last: bool = True,
         patience: int | None = None,
         on_epoch: Callable[[Self], None] | None = None,
+        reestimate_statistics: bool = False,
     ) -> None:
         """Train weights and policy.
 
@@ -154,12 +166,25 @@ class BiLevelTrainer(Trainer):
             load_best_model_at_last: end with the best epoch's weights and policy.
             patience: epochs without a new best before the training stops.
             on_epoch: called with the trainer after each epoch, to save its history.
+            reestimate_statistics: evaluate with BatchNorm statistics of the clean
+                training data (one more forward pass over them an epoch) in place of
+                those that the augmented batches left. They are part of what is saved;
+                the training goes on with its own.
 
         Raises:
             ValueError: if an argument cannot be used, or the monitored score is nan.
             ArithmeticError: if the loss is not finite, or a Neumann series diverges.
         """
         self._check(hypergradient, epochs, outer_every, accumulate, val_statistics)
+        learns = hypergradient is not None and self.policy.num_stages > 0
+        if learns:
+            check_learning(
+                hypergradient, epochs, warmup_epochs, neumann_terms, neumann_lr
+            )
+        own_scores = type(self).evaluate is not Trainer.evaluate  # of a subclass
+        scores = None if own_scores else expected_scores(self.model, self.metrics)
+        check_monitor(scores, monitor, monitor_criterion, patience)
+        check_loaders(training=train_dataloader, validation=val_dataloader)
         params = classifier_parameters(self.model, self.policy)
         joint = hypergradient is None and getattr(
             self.model, "train_policy_jointly", False
@@ -178,7 +203,6 @@ class BiLevelTrainer(Trainer):
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
         )
-        learns = hypergradient is not None and self.policy.num_stages > 0
         outer = _Outer(self.policy, outer_lr, accumulate) if learns else None
         batches = self._policy_batches(
             val_dataloader if policy_dataloader is None else policy_dataloader
@@ -198,7 +222,8 @@ class BiLevelTrainer(Trainer):
                     outer_every,
                     joint,
                 )
-                self._evaluate_epoch(val_dataloader, best)
+                with self._statistics(train_dataloader, reestimate_statistics):
+                    self._evaluate_epoch(val_dataloader, best)
                 if on_epoch is not None:
                     on_epoch(self)
                 if best.exhausted:
@@ -206,6 +231,8 @@ class BiLevelTrainer(Trainer):
                     break
         if load_best_model_at_last and best.state is not None:
             self._restore(best.state)
+        elif reestimate_statistics:
+            reestimate_batchnorm(self.model, _view(train_dataloader, shuffle=False))
         if test_dataloader is not None:
             logger.info("Test: %s", self.evaluate(test_dataloader))
 
@@ -213,14 +240,23 @@ class BiLevelTrainer(Trainer):
         """Save the model, and beside it a policy that is not part of it."""
         super().save_ckpt(ckpt_path)
         if not self._owns_policy():
-            self.policy.save(f"{ckpt_path}.policy")
+            self.policy.save(f"{ckpt_path}.policy.json")
 
     def load_ckpt(self, ckpt_path: str) -> None:
-        """Load what :meth:`save_ckpt` wrote."""
+        """Load what :meth:`save_ckpt` wrote.
+
+        Raises:
+            ValueError: if the policy beside the model has other operations or stages
+                than this trainer's.
+        """
+        if self._owns_policy():
+            super().load_ckpt(ckpt_path)
+            return
+        path = f"{ckpt_path}.policy.json"
+        saved = TaskAugPolicy.load(path)
+        check_same_kind(saved, self.policy, path)
         super().load_ckpt(ckpt_path)
-        if not self._owns_policy():
-            saved = TaskAugPolicy.load(f"{ckpt_path}.policy")
-            self.policy.load_state_dict(saved.state_dict())
+        self.policy.load_state_dict(saved.state_dict())
 
     def _check(self, method, epochs, outer_every, accumulate, val_statistics) -> None:
         if method is not None and method not in METHODS:
@@ -313,18 +349,20 @@ class BiLevelTrainer(Trainer):
         return shown
 
     def _policy_batches(self, loader: DataLoader) -> Iterator[Batch]:
-        """Yield validation batches without end, in an order of their own.
-
-        A streaming dataset is its own iterator, so evaluation in between would upset
-        this one: it gets a view of the same data for itself.
-        """
-        if isinstance(loader.dataset, SampleDataset):
-            view = loader.dataset.subset(range(len(loader.dataset)))
-            loader = get_dataloader(
-                view, loader.batch_size, shuffle=True, seed=self.seed
-            )
+        """Yield validation batches without end, in an order of their own."""
+        loader = _view(loader, shuffle=True, seed=self.seed)
         while True:
             yield from loader
+
+    @contextmanager
+    def _statistics(self, loader: DataLoader, reestimate: bool) -> Iterator[None]:
+        """Use the BatchNorm statistics of clean training data meanwhile, if wanted."""
+        if not reestimate:
+            yield
+            return
+        with batchnorm_statistics_kept(self.model):
+            reestimate_batchnorm(self.model, _view(loader, shuffle=False))
+            yield
 
     def _owns_policy(self) -> bool:
         return any(module is self.policy for module in self.model.modules())
@@ -408,11 +446,22 @@ class _Best:
         return self.patience is not None and self.waited >= self.patience
 
 
+def _view(loader: DataLoader, shuffle: bool, seed: int | None = None) -> DataLoader:
+    """Return a loader of the same data that does not upset the first one.
+
+    A streaming dataset is its own iterator and counts its epochs.
+    """
+    if not isinstance(loader.dataset, SampleDataset):
+        return loader
+    view = loader.dataset.subset(range(len(loader.dataset)))
+    return get_dataloader(view, loader.batch_size, shuffle=shuffle, seed=seed)
+
+
 @contextmanager
 def _augmented_by_trainer(model: nn.Module) -> Iterator[None]:
     """Keep a model's own forward from augmenting a second time."""
     before = getattr(model, "augment", None)
-    if before is None:
+    if not isinstance(before, bool):  # a model's own layer may have that name
         yield
         return
     model.augment = False
