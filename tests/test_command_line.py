@@ -32,7 +32,6 @@ TABLES = {
     "metrics.json",
     "predictions.csv",
     "policy.json",
-    "policy.pt",
     "best.ckpt",
 }
 
@@ -110,9 +109,9 @@ def test_history_and_policy_agree(finished):
     history = pd.read_csv(finished / "history.csv")
     policy = json.loads((finished / "policy.json").read_text())
     assert history["epoch"].tolist() == [0, 1]
-    row = history.iloc[policy["epoch"]]
-    assert policy["epoch"] == history["roc_auc"].idxmax()
-    loaded = TaskAugPolicy.load(finished / "policy.pt").to_frame()
+    row = history.iloc[policy["provenance"]["epoch"]]
+    assert policy["provenance"]["epoch"] == history["roc_auc"].idxmax()
+    loaded = TaskAugPolicy.load(finished / "policy.json").to_frame()
     for entry, own in zip(policy["stages"], loaded.to_dict("records"), strict=True):
         column = f"{entry['stage']}/{entry['operation']}"
         assert entry == own
@@ -129,7 +128,7 @@ def test_one_seed_repeats_a_run(finished, run, tmp_path):
 
 def test_standard_trains_the_policy_on_the_training_loss(run, tmp_path):
     assert run(tmp_path, "--mode=standard") == 0
-    policy = TaskAugPolicy.load(tmp_path / "policy.pt")
+    policy = TaskAugPolicy.load(tmp_path / "policy.json")
     assert policy.logits.abs().max() > 0
     history = pd.read_csv(tmp_path / "history.csv")
     assert history["hypergradient_norm"].isna().all()
@@ -146,14 +145,14 @@ def test_ablation_compares_six_configurations(run, tmp_path, capsys):
     assert "One seed" in shown
     folders = {path.name[0]: path / "seed_0" for path in tmp_path.iterdir()}
     stages = {
-        letter: TaskAugPolicy.load(folders[letter] / "policy.pt").num_stages
+        letter: TaskAugPolicy.load(folders[letter] / "policy.json").num_stages
         for letter in "ABCDEF"
     }
     assert stages == {"A": 0, "B": 1, "C": 1, "D": 2, "E": 2, "F": 2}
-    noise = TaskAugPolicy.load(folders["B"] / "policy.pt")
+    noise = TaskAugPolicy.load(folders["B"] / "policy.json")
     assert noise.op_names == ("gaussian_noise",)
     assert noise.magnitudes()["neg"].item() == pytest.approx(0.1)
-    assert TaskAugPolicy.load(folders["F"] / "policy.pt").shared_magnitudes
+    assert TaskAugPolicy.load(folders["F"] / "policy.json").shared_magnitudes
     digests = {
         json.loads((folder / "config.json").read_text())["data"]["digest"]
         for letter, folder in folders.items()
@@ -183,7 +182,16 @@ def test_every_configuration_starts_from_the_same_backbone(parts, monkeypatch):
 
 
 def test_lr_sweep_runs_three_rates_and_two_seeds(run, tmp_path, capsys):
-    assert run(tmp_path, "--mode=lr_sweep", "--epochs=1", "--num_seeds=2") == 0
+    assert (
+        run(
+            tmp_path,
+            "--mode=lr_sweep",
+            "--warmup_epochs=0",
+            "--epochs=1",
+            "--num_seeds=2",
+        )
+        == 0
+    )
     table = pd.read_csv(tmp_path / "comparison.csv")
     assert table["seed"].tolist() == [0, 1] * 3
     rates = [
@@ -195,7 +203,7 @@ def test_lr_sweep_runs_three_rates_and_two_seeds(run, tmp_path, capsys):
 
 
 def test_a_cohort_is_drawn_by_n_records(run, tmp_path):
-    assert run(tmp_path, "--n_records=100", "--epochs=1") == 0
+    assert run(tmp_path, "--n_records=100", "--warmup_epochs=0") == 0
     parts = pd.read_csv(tmp_path / "records.csv").groupby("part")
     sizes = parts.size()
     assert sizes["train"] + sizes["val"] == 100
@@ -206,7 +214,7 @@ def test_a_cohort_is_drawn_by_n_records(run, tmp_path):
 
 def test_synthetic_runs_the_same_path(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SYNTHETIC_PATIENTS", 120)
-    fixed = ["--synthetic", f"--output_dir={tmp_path / 'a'}", "--epochs=1"]
+    fixed = ["--synthetic", f"--output_dir={tmp_path / 'a'}", "--epochs=2"]
     arguments = [*fixed, f"--cache_dir={tmp_path}", "--base_width=4", "--length=200"]
     assert script.main(arguments) == 0
     roots = list(tmp_path.glob("ptbxl_synthetic_120_*"))

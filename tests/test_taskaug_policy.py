@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -466,9 +465,9 @@ class TestMagnitudes:
         twin.load_state_dict(policy.state_dict())
         assert torch.equal(twin.apply(x, None, draw), policy.apply(x, None, draw))
         assert twin.mag_pos is twin.mag_neg
-        policy.float().save(tmp_path / "shared.pt")
+        policy.float().save(tmp_path / "shared.json")
         for other in (
-            TaskAugPolicy.load(tmp_path / "shared.pt"),
+            TaskAugPolicy.load(tmp_path / "shared.json"),
             copy.deepcopy(policy),
         ):
             assert other.mag_pos is other.mag_neg
@@ -586,16 +585,6 @@ class TestShapesAndDtypes:
         assert not torch.equal(free[:, 3], free[:, 4])
 
 
-class Touch:
-    """Unpickled, it would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 class TestFiles:
     @pytest.mark.parametrize(
         "settings",
@@ -616,8 +605,8 @@ class TestFiles:
     )
     def test_round_trip(self, settings, tmp_path):
         policy = TaskAugPolicy(**settings).randomize_(seeded(0))
-        policy.save(tmp_path / "policy.pt")
-        again = TaskAugPolicy.load(str(tmp_path / "policy.pt"))
+        policy.save(tmp_path / "policy.json")
+        again = TaskAugPolicy.load(str(tmp_path / "policy.json"))
         assert repr(again) == repr(policy)
         for name in (
             "num_stages",
@@ -636,15 +625,6 @@ class TestFiles:
         x, y = signals(dtype=torch.float32), alternate()
         assert torch.equal(again(x, y, seeded(1)), policy(x, y, seeded(1)))
         assert again.to_frame().equals(policy.to_frame())
-
-    def test_a_file_with_code_is_refused_and_not_run(self, tmp_path):
-        trap = tmp_path / "owned"
-        torch.save({"config": Touch(trap), "state": {}}, tmp_path / "evil.pt")
-        with pytest.raises(pickle.UnpicklingError):
-            TaskAugPolicy.load(tmp_path / "evil.pt")
-        assert not trap.exists()
-        torch.load(tmp_path / "evil.pt", weights_only=False)
-        assert trap.exists()  # the trap does work where nothing guards it
 
     def test_a_policy_can_be_copied_and_pickled(self):
         policy = policy_of(2)

@@ -14,6 +14,7 @@ import torch
 from pyhealth.models.base_model import BaseModel
 from pyhealth.trainer import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from pyhealth.bilevel import BiLevelTrainer
 from pyhealth.bilevel import trainer as trainer_module
@@ -707,7 +708,7 @@ def test_checkpoint_holds_model_and_policy(train_set, loaders, tmp_path, externa
     trainer.train(*loaders, epochs=2, load_best_model_at_last=False)
     path = tmp_path / "run.ckpt"
     trainer.save_ckpt(str(path))
-    assert (tmp_path / "run.ckpt.policy").exists() == external
+    assert (tmp_path / "run.ckpt.policy.json").exists() == external
 
     loaded, given = (
         trainer_of(*make(1)),
@@ -806,15 +807,72 @@ def test_a_model_without_a_policy_is_refused(train_set):
         ({"resume": True}, "resume.*need a folder.*enable_logging=True"),
         ({"val_statistics": "none"}, "running.*batch.*'none'"),
         ({"monitor": "pr_auc"}, r"'pr_auc' is none of .*'roc_auc'.*metrics="),
-        ({"monitor_criterion": "most"}, "most"),
+        ({"monitor_criterion": "most"}, "'max' or 'min', got 'most'"),
+        ({"warmup_epochs": 1}, r"warmup_epochs=1 of epochs=1: .*never move"),
+        ({"warmup_epochs": -1}, r"from 0 to epochs - 1"),
+        ({"patience": 0}, "patience must be 1 or more epochs.* got 0"),
+        ({"neumann_terms": 3}, r"'one_step' ignores neumann_terms=3; .*'neumann'"),
+        (
+            {"hypergradient": "darts", "neumann_lr": 0.1},
+            "'darts' ignores neumann_lr=0.1",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_unusable_settings_are_refused(train_set, loaders, settings, message):
     trainer = trainer_of(resnet(train_set))
+    before = bytes_of(trainer.model)
     with pytest.raises(ValueError, match=message):
-        trainer.train(*loaders, **{"epochs": 1} | settings)
+        trainer.train(*loaders, **{"epochs": 1, "warmup_epochs": 0} | settings)
     assert trainer.model.augment is True
+    assert bytes_of(trainer.model) == before  # said before the first step
+
+
+def test_a_frozen_policy_needs_no_epochs_to_move(train_set, loaders):
+    trainer_of(resnet(train_set)).train(*loaders, epochs=1, hypergradient=None)
+    trainer_of(resnet(train_set, policy_stages=0)).train(*loaders, epochs=1)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_empty_loader_is_refused(train_set, loaders, position):
+    empty = DataLoader([], batch_size=8)
+    given = [*loaders[:position], empty, *loaders[position + 1 :]]
+    name = ("training", "validation")[position]
+    with pytest.raises(ValueError, match=f"The {name} loader has no batch"):
+        trainer_of(tiny(train_set)).train(*given, epochs=2)
+
+
+def test_a_score_of_a_subclass_can_be_monitored(train_set, loaders):
+    class Own(BiLevelTrainer):
+        def evaluate(self, loader):
+            return {**super().evaluate(loader), "mine": 1.0}
+
+    trainer = trainer_of(tiny(train_set), kind=Own)
+    trainer.train(*loaders, epochs=2, monitor="mine")
+    assert [row["mine"] for row in trainer.history] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_stages": 1}, r"has num_stages 1, this trainer's has 2\. Pass policy="),
+        ({"operations": ["no_op", "time_mask"]}, r"has op_names \('no_op', "),
+        ({"shared_magnitudes": True}, "has shared_magnitudes True, .* has False"),
+    ],
+)
+def test_a_checkpoint_with_another_policy_is_refused(
+    train_set, tmp_path, settings, message
+):
+    saved = external_policy(**{"num_stages": 2} | settings).randomize_()
+    path = str(tmp_path / "run.ckpt")
+    trainer_of(tiny(train_set), saved).save_ckpt(path)
+    trainer = trainer_of(tiny(train_set), external_policy(2))
+    with torch.no_grad():
+        trainer.model.conv.weight.add_(1)
+    before = bytes_of(trainer.model, trainer.policy)
+    with pytest.raises(ValueError, match=message):
+        trainer.load_ckpt(path)
+    assert bytes_of(trainer.model, trainer.policy) == before
 
 
 @pytest.mark.filterwarnings("ignore:Only one class")
@@ -823,10 +881,10 @@ def test_validation_data_of_one_class_are_refused(train_set, loaders):
     with pytest.raises(
         ValueError, match=r"'roc_auc' is nan.*one class.*monitor='loss'"
     ):
-        trainer_of(tiny(train_set)).train(loaders[0], one_class, epochs=1)
+        trainer_of(tiny(train_set)).train(loaders[0], one_class, epochs=2)
     trainer = trainer_of(tiny(train_set))
     trainer.train(
-        loaders[0], one_class, epochs=1, monitor="loss", monitor_criterion="min"
+        loaders[0], one_class, epochs=2, monitor="loss", monitor_criterion="min"
     )
     assert math.isnan(trainer.history[0]["roc_auc"])
 
@@ -947,7 +1005,7 @@ def test_models_own_augmentation_is_off_in_training_and_back_after_an_error(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(model).train(loaders[0], Watched(loaders[1], fail), epochs=1)
+        trainer_of(model).train(loaders[0], Watched(loaders[1], fail), epochs=2)
     assert during == [False]
     assert model.augment is True
 

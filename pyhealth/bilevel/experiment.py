@@ -175,9 +175,9 @@ def run(
     """Train, evaluate on the test part once, and write everything into a folder.
 
     Written are config.json and records.csv (before training), history.csv and last.ckpt
-    (after every epoch), checkpoints/ to go on from, best.ckpt, policy.pt, policy.json,
-    predictions.csv, metrics.json and the pictures learning_curves.png, policy.png,
-    roc_pr.png and ecg_augmented.png.
+    (after every epoch), checkpoints/ to go on from, best.ckpt, policy.json (to read and
+    to load), predictions.csv, metrics.json and the pictures learning_curves.png,
+    policy.png, roc_pr.png and ecg_augmented.png.
 
     Args:
         settings: of the run.
@@ -206,14 +206,9 @@ def run(
     _write_table(folder / "records.csv", _records_table(data))
     trainer = _train(settings, data, folder, resume, checkpoint_every)
     trainer.save_ckpt(str(folder / "best.ckpt"))
-    trainer.policy.save(folder / "policy.pt")
     best = _best_epoch(trainer.history)
-    _write_json(
-        folder / "policy.json",
-        {
-            "epoch": best,
-            "stages": trainer.policy.to_frame().to_dict(orient="records"),
-        },
+    trainer.policy.save(
+        folder / "policy.json", provenance=_provenance(settings, data, best)
     )
     predictions = _predict(trainer, data.test, settings.batch_size)
     _write_table(folder / "predictions.csv", predictions)
@@ -409,6 +404,17 @@ def _configuration(settings: RunSettings, data: PreparedData) -> dict:
             **{package: version(package) for package in PACKAGES},
         },
         "threads": torch.get_num_threads(),
+    }
+
+
+def _provenance(settings: RunSettings, data: PreparedData, epoch: int) -> dict:
+    return {
+        "policy": settings.policy,
+        "task": data.task.task_label,
+        "normalize": data.task.normalize,
+        "data_digest": data.description["digest"],
+        "seed": settings.seed,
+        "epoch": epoch,
     }
 
 

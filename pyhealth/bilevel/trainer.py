@@ -20,7 +20,16 @@ from tqdm import tqdm
 from ..datasets import SampleDataset, get_dataloader
 from ..models.taskaug_policy import TaskAugPolicy
 from ..trainer import Trainer, _cpu_state_dict
+from .batchnorm import batchnorm_statistics_kept, reestimate_batchnorm
 from .checkpoint import write_whole
+from .checks import (
+    check_label,
+    check_learning,
+    check_loaders,
+    check_monitor,
+    check_same_kind,
+    expected_scores,
+)
 from .hypergradient import METHODS, Method
 from .keeper import RunKeeper, settings_of_run
 from .loader_position import LoaderPosition
@@ -69,7 +78,8 @@ class BiLevelTrainer(Trainer):
             if the loaders are seeded too. Default: drawn from torch's generator.
 
     Raises:
-        ValueError: if there is no policy.
+        ValueError: if there is no policy, or the policy's magnitudes are of two classes
+            and the model's label is not binary.
 
     Source:
         Raghu et al., CHIL 2022, algorithm 1. Departures: the exact one-step derivative
@@ -100,6 +110,7 @@ class BiLevelTrainer(Trainer):
                 f"{type(model).__name__} has no policy of its own; pass policy=..."
             )
         self.policy = own if policy is None else policy
+        check_label(model, self.policy)
         self.input_key = input_key
         self.history: list[dict[str, float]] = []
         self._seed_is_given = seed is not None
@@ -143,6 +154,7 @@ class BiLevelTrainer(Trainer):
         resume: bool | str = False,
         checkpoint_every: int | None = None,
         max_bad_steps: int = 10,
+        reestimate_statistics: bool = False,
     ) -> None:
         """Train weights and policy.
 
@@ -181,6 +193,10 @@ class BiLevelTrainer(Trainer):
                 of each epoch in any case.
             max_bad_steps: steps in a row that are not finite, and so not taken, before
                 the run ends with an error.
+            reestimate_statistics: evaluate with BatchNorm statistics of the clean
+                training data (one more forward pass over them an epoch) in place of
+                those that the augmented batches left. They are part of what is saved;
+                the training goes on with its own.
 
         Raises:
             ValueError: if an argument cannot be used, the monitored score is nan, or
@@ -201,6 +217,15 @@ class BiLevelTrainer(Trainer):
         )
         if policy_dataloader is None:
             policy_dataloader = val_dataloader
+        learns = hypergradient is not None and self.policy.num_stages > 0
+        if learns:
+            check_learning(
+                hypergradient, epochs, warmup_epochs, neumann_terms, neumann_lr
+            )
+        own_scores = type(self).evaluate is not Trainer.evaluate  # of a subclass
+        scores = None if own_scores else expected_scores(self.model, self.metrics)
+        check_monitor(scores, monitor, monitor_criterion, patience)
+        check_loaders(training=train_dataloader, validation=val_dataloader)
         keeper = RunKeeper(self.exp_path, resume, checkpoint_every)
         settings = settings_of_run(
             self.model,
@@ -235,7 +260,6 @@ class BiLevelTrainer(Trainer):
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
         )
-        learns = hypergradient is not None and self.policy.num_stages > 0
         self.history = []
         run = RunState(
             self.model,
@@ -260,7 +284,8 @@ class BiLevelTrainer(Trainer):
             policy_batches = run.positions["policy"].endless()
             while run.epoch < epochs and not run.best.exhausted:
                 self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
-                self._evaluate_epoch(val_dataloader, run.best)
+                with self._statistics(train_dataloader, reestimate_statistics):
+                    self._evaluate_epoch(val_dataloader, run.best)
                 if on_epoch is not None:
                     on_epoch(self)
                 run.epoch += 1
@@ -270,6 +295,8 @@ class BiLevelTrainer(Trainer):
             logger.info("Early stopping after epoch %d", run.epoch - 1)
         if load_best_model_at_last and run.best.state is not None:
             self._restore(run.best.state)
+        elif reestimate_statistics:
+            reestimate_batchnorm(self.model, _view(train_dataloader, shuffle=False))
         if test_dataloader is not None:
             logger.info("Test: %s", self.evaluate(test_dataloader))
 
@@ -279,16 +306,23 @@ class BiLevelTrainer(Trainer):
         super().save_ckpt(content)
         write_whole(ckpt_path, content.getvalue())
         if not self._owns_policy():
-            content = io.BytesIO()
-            self.policy.save(content)
-            write_whole(f"{ckpt_path}.policy", content.getvalue())
+            write_whole(f"{ckpt_path}.policy.json", self.policy.to_json().encode())
 
     def load_ckpt(self, ckpt_path: str) -> None:
-        """Load what :meth:`save_ckpt` wrote."""
+        """Load what :meth:`save_ckpt` wrote.
+
+        Raises:
+            ValueError: if the policy beside the model has other operations or stages
+                than this trainer's.
+        """
+        if self._owns_policy():
+            super().load_ckpt(ckpt_path)
+            return
+        path = f"{ckpt_path}.policy.json"
+        saved = TaskAugPolicy.load(path)
+        check_same_kind(saved, self.policy, path)
         super().load_ckpt(ckpt_path)
-        if not self._owns_policy():
-            saved = TaskAugPolicy.load(f"{ckpt_path}.policy")
-            self.policy.load_state_dict(saved.state_dict())
+        self.policy.load_state_dict(saved.state_dict())
 
     def _check(self, method: Method | None, val_statistics: str) -> None:
         if method is not None and method not in METHODS:
@@ -403,17 +437,18 @@ class BiLevelTrainer(Trainer):
         return shown
 
     def _policy_position(self, loader: DataLoader) -> LoaderPosition:
-        """Return a loader of the policy's validation data, in an order of its own.
+        """Return a loader of the policy's validation data, in an order of its own."""
+        return LoaderPosition(_view(loader, shuffle=True, seed=self.seed))
 
-        A streaming dataset is its own iterator, so evaluation in between would upset
-        this one: it gets a view of the same data for itself.
-        """
-        if isinstance(loader.dataset, SampleDataset):
-            view = loader.dataset.subset(range(len(loader.dataset)))
-            loader = get_dataloader(
-                view, loader.batch_size, shuffle=True, seed=self.seed
-            )
-        return LoaderPosition(loader)
+    @contextmanager
+    def _statistics(self, loader: DataLoader, reestimate: bool) -> Iterator[None]:
+        """Use the BatchNorm statistics of clean training data meanwhile, if wanted."""
+        if not reestimate:
+            yield
+            return
+        with batchnorm_statistics_kept(self.model):
+            reestimate_batchnorm(self.model, _view(loader, shuffle=False))
+            yield
 
     def _owns_policy(self) -> bool:
         return any(module is self.policy for module in self.model.modules())
@@ -434,11 +469,22 @@ class _Plan:
     max_bad_steps: int
 
 
+def _view(loader: DataLoader, shuffle: bool, seed: int | None = None) -> DataLoader:
+    """Return a loader of the same data that does not upset the first one.
+
+    A streaming dataset is its own iterator and counts its epochs.
+    """
+    if not isinstance(loader.dataset, SampleDataset):
+        return loader
+    view = loader.dataset.subset(range(len(loader.dataset)))
+    return get_dataloader(view, loader.batch_size, shuffle=shuffle, seed=seed)
+
+
 @contextmanager
 def _augmented_by_trainer(model: nn.Module) -> Iterator[None]:
     """Keep a model's own forward from augmenting a second time."""
     before = getattr(model, "augment", None)
-    if before is None:
+    if not isinstance(before, bool):  # a model's own layer may have that name
         yield
         return
     model.augment = False

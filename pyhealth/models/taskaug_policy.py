@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .ecg_augmentations import AUGMENTATIONS, Augmentation
 from .ecg_draws import Draw, electrode_noise
+from .policy_file import Provenance, policy_text, read_policy
 
 __all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy"]
 
@@ -92,6 +93,8 @@ class TaskAugPolicy(nn.Module):
         logits: (K, O), unnormalised log-probabilities of the operations.
         mag_neg: (K, O), unbounded magnitudes for label 0.
         mag_pos: (K, O), those for label 1; the same parameter if shared.
+        provenance: facts on how the policy came to be, read from and written to its
+            file.
 
     Raises:
         ValueError: if an argument is outside its range, or an operation is unknown.
@@ -148,6 +151,7 @@ class TaskAugPolicy(nn.Module):
         self.sampling_rate = sampling_rate
         self.initial_magnitude = initial_magnitude
         self.dropout_by = dropout_by
+        self.provenance: dict[str, object] = {}
         self._operations = _operations(operations)
 
         size = (num_stages, len(self._operations))
@@ -234,8 +238,8 @@ class TaskAugPolicy(nn.Module):
 
         Args:
             shape: shape of the signals, (B, C, T).
-            labels: classes (B,) or (B, 1); only their number is checked, since the
-                draw does not depend on the class.
+            labels: classes (B,) or (B, 1); only their number is checked, and not if
+                the magnitudes are shared, since the draw does not depend on the class.
             generator: source of the randomness; torch's global one by default.
             complete: draw for all operations on all records, which the gradient to
                 the logits needs; otherwise for the chosen operations only.
@@ -243,7 +247,7 @@ class TaskAugPolicy(nn.Module):
         Returns:
             A draw for :meth:`apply`.
         """
-        if labels is not None:
+        if labels is not None and not self.shared_magnitudes:
             _column_of_labels(labels, shape[0])
         with torch.no_grad():
             stages = [
@@ -298,13 +302,39 @@ class TaskAugPolicy(nn.Module):
         draw = self.sample(x.shape, labels, generator, complete=complete)
         return self.apply(x, labels, draw)
 
-    def save(self, path: str | Path) -> None:
-        """Write the policy to a file that :meth:`load` reads.
+    def save(self, path: str | Path, provenance: Provenance | None = None) -> None:
+        """Write the policy to a JSON file that :meth:`load` reads.
 
         Args:
             path: file to write.
+            provenance: see :meth:`to_json`.
         """
-        config = {
+        Path(path).write_text(self.to_json(provenance), encoding="utf-8")
+
+    def to_json(self, provenance: Provenance | None = None) -> str:
+        """Return the policy as JSON text: for people, and exact for :meth:`load`.
+
+        Args:
+            provenance: facts on how the policy came to be, in plain values (digest of
+                the data, seed, task); added to what ``self.provenance`` has.
+
+        Returns:
+            The text of a policy file.
+
+        Raises:
+            ValueError: if a parameter is not finite.
+            TypeError: if the provenance is not of plain values.
+        """
+        parameters = {
+            name: p.detach().cpu()
+            for name, p in (
+                ("logits", self.logits),
+                ("mag_neg", self.mag_neg),
+                ("mag_pos", self.mag_pos),
+            )
+            if name != "mag_pos" or not self.shared_magnitudes
+        }
+        settings = {
             "num_stages": self.num_stages,
             "temperature": self.temperature,
             "shared_magnitudes": self.shared_magnitudes,
@@ -314,21 +344,48 @@ class TaskAugPolicy(nn.Module):
             "initial_magnitude": self.initial_magnitude,
             "dropout_by": self.dropout_by,
         }
-        torch.save({"config": config, "state": self.state_dict()}, path)
+        return policy_text(
+            settings,
+            parameters,
+            self.to_frame().to_dict(orient="records"),
+            {**self.provenance, **(provenance or {})},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> TaskAugPolicy:
-        """Read a policy; a file that carries code is refused by torch.
+        """Read a policy; it draws and applies as the saved one did, to the bit.
 
         Args:
             path: file written by :meth:`save`.
 
         Returns:
             The policy, on the CPU.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is no policy file, of another version, or damaged.
         """
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        policy = cls(**saved["config"])
-        policy.load_state_dict(saved["state"])
+        settings, parameters, provenance = read_policy(path)
+        try:
+            policy = cls(**settings)
+        except ValueError as error:
+            raise ValueError(f"The policy file {path}: {error}") from error
+        shape = tuple(policy.logits.shape)
+        found = {name: tuple(value.shape) for name, value in parameters.items()}
+        # Without stages a parameter is an empty list, which shows no second dimension.
+        wanted = dict.fromkeys(
+            dict(policy.named_parameters()), shape if shape[0] else (0,)
+        )
+        if found != wanted:
+            raise ValueError(
+                f"The policy file {path} holds parameters {found}, but {shape[0]} "
+                f"stages of {shape[1]} operations need {wanted}. Save the policy again."
+            )
+        policy.to(parameters["logits"].dtype)
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                parameter.copy_(parameters[name].reshape(shape))
+        policy.provenance = provenance
         return policy
 
     def extra_repr(self) -> str:
