@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..models.taskaug_policy import TaskAugPolicy
-from .hypergradient import Method
+from .step import OuterMethod
 
 __all__ = [
     "check_label",
@@ -63,7 +63,7 @@ def check_label(model: nn.Module, policy: TaskAugPolicy) -> None:
 
 
 def check_learning(
-    method: Method,
+    method: OuterMethod,
     epochs: int,
     warmup_epochs: int,
     neumann_terms: int,

@@ -30,8 +30,8 @@ from ..models.taskaug_resnet import TaskAugResNet
 from ..processors.ecg_processor import ECGProcessor
 from ..tasks.ecg_classification import ECGBinaryClassification
 from .checkpoint import write_whole
-from .hypergradient import Method
 from .plots import plot_ecg, plot_learning_curves, plot_policy, plot_roc_pr
+from .step import OuterMethod
 from .trainer import BiLevelTrainer
 
 __all__ = ["PreparedData", "RunSettings", "prepare", "run"]
@@ -77,7 +77,7 @@ class RunSettings:
     batch_size: int = 64
     lr: float = 1e-3
     outer_lr: float = 1e-2
-    hypergradient: Method = "one_step"
+    hypergradient: OuterMethod = "one_step"
     warmup_epochs: int = 1
     seed: int = 0
     device: str | None = None

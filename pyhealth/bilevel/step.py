@@ -13,10 +13,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
-from .hypergradient import Method, Tensors, hypergradient
+from .alignment import alignment_gradient
+from .hypergradient import METHODS, Method, Tensors, hypergradient
 from .inner_step import inner_step_of
+from .outer_loss import OUTER_LOSSES
 
-__all__ = ["Batch", "BiLevelStep", "classifier_parameters"]
+__all__ = [
+    "OUTER_METHODS",
+    "Batch",
+    "BiLevelStep",
+    "OuterMethod",
+    "classifier_parameters",
+]
+
+#: How the policy's derivative is formed: by "alignment", see
+#: :func:`~pyhealth.bilevel.alignment.alignment_gradient`, or by a :data:`Method`.
+type OuterMethod = Method | Literal["alignment"]
+OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
 
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
@@ -80,11 +93,16 @@ class BiLevelStep:
         input_key: the signals' key in a batch.
         label_key: the labels' key in a batch.
         generator: CPU generator of all draws.
-        method: see :func:`~pyhealth.bilevel.hypergradient.hypergradient`.
+        method: "alignment", see
+            :func:`~pyhealth.bilevel.alignment.alignment_gradient`, or a method of
+            :func:`~pyhealth.bilevel.hypergradient.hypergradient`.
         neumann_terms: Hessian products, "neumann" only.
         neumann_lr: step of the series, "neumann" only.
         val_statistics: BatchNorm in the validation forward: "running" statistics, as at
             test time, or those of the "batch".
+        outer_loss: what the policy lowers: the "model"'s own loss, or a name of
+            :data:`~pyhealth.bilevel.outer_loss.OUTER_LOSSES`.
+        alignment_records: training records that "alignment" enumerates in a step.
 
     Attributes:
         finite: 0-dim tensor, whether the last step was taken.
@@ -105,10 +123,12 @@ class BiLevelStep:
         input_key: str,
         label_key: str,
         generator: torch.Generator,
-        method: Method = "one_step",
+        method: OuterMethod = "one_step",
         neumann_terms: int = 1,
         neumann_lr: float | None = None,
         val_statistics: Literal["running", "batch"] = "running",
+        outer_loss: str = "model",
+        alignment_records: int = 16,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -121,6 +141,8 @@ class BiLevelStep:
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
+        self.outer_loss = outer_loss
+        self.alignment_records = alignment_records
         self.finite = torch.tensor(True)
         # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
@@ -159,8 +181,10 @@ class BiLevelStep:
             The training loss, detached, and the policy's hypergradient by name.
         """
         x, labels = self._signals(batch)
-        draw = self.policy.sample(x.shape, labels, self.generator)
-        augmented = self.policy.apply(x, labels, draw)
+        exact = self.method in ("one_step", "neumann")  # through this augmented batch
+        with torch.set_grad_enabled(exact):
+            draw = self.policy.sample(x.shape, labels, self.generator, complete=exact)
+            augmented = self.policy.apply(x, labels, draw)
         seed = self._draw_seed()
         self.optimizer.zero_grad()
         buffers = self._buffers()
@@ -169,13 +193,14 @@ class BiLevelStep:
         if self._asks and not finite:
             self._take_if(finite, buffers)
             return loss, self._zeros()
-        if self.method == "darts":
+        if self.method == "alignment":
+            gradient = self._alignment(batch, val_batch, seed)
+        elif self.method == "darts":
             through = self._augmented_validation(val_batch)
-            cotangent = self._darts(val_batch, through)
+            gradient = self._to_policy(through, self._darts(val_batch, through))
         else:
-            through = augmented
             cotangent = self._through_weights(batch, augmented, val_batch, seed)
-        gradient = self._to_policy(through, cotangent)
+            gradient = self._to_policy(augmented, cotangent)
         for value in gradient.values():
             finite = finite & value.isfinite().all()
         self._take_if(finite, buffers)
@@ -215,7 +240,8 @@ class BiLevelStep:
         """Return the hypergradient of the augmented batch."""
 
         def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
-            return self._pure_loss(params, batch, hparams["x"], seed, training=True)
+            moved = {**batch, self.input_key: hparams["x"]}
+            return self._pure_output(params, moved, seed, training=True)["loss"]
 
         settings: dict[str, object]
         if self.method == "one_step":
@@ -233,6 +259,45 @@ class BiLevelStep:
             method=self.method,
             **settings,
         )["x"]
+
+    def _alignment(
+        self, batch: Batch, val_batch: Batch, seed: int
+    ) -> dict[str, Tensor]:
+        """Return the policy's derivative by comparing all operations."""
+        inner_step = inner_step_of(self.optimizer, self.params)
+        weights = {name: p.detach() for name, p in self.params.items()}
+        after, slope = inner_step(weights, {n: p.grad for n, p in self.params.items()})
+        leaves = {name: w.detach().requires_grad_() for name, w in after.items()}
+        loss = self._validation_loss(leaves, val_batch, seed)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        direction = {
+            name: slope[name] * gradient
+            for name, gradient in zip(leaves, gradients, strict=True)
+        }
+
+        def record_losses(params: Tensors, x: Tensor, labels: Tensor) -> Tensor:
+            output = self._pure_output(
+                params,
+                {self.input_key: x, self.label_key: labels},
+                seed,
+                training=True,
+            )
+            per_record = self.model.get_loss_function()(
+                output["logit"], output["y_true"], reduction="none"
+            )
+            return per_record.reshape(len(x), -1).mean(dim=1)
+
+        x, labels = self._signals(batch)
+        first = slice(self.alignment_records)
+        return alignment_gradient(
+            self.policy,
+            x[first],
+            labels[first],
+            record_losses,
+            weights,
+            direction,
+            self.generator,
+        )
 
     def _darts(self, val_batch: Batch, augmented: Tensor) -> Tensor:
         seed = self._draw_seed()
@@ -263,8 +328,10 @@ class BiLevelStep:
         }
 
     def _validation_loss(self, params: Tensors, batch: Batch, seed: int) -> Tensor:
-        x = batch[self.input_key]
-        return self._pure_loss(params, batch, x, seed, training=False)
+        output = self._pure_output(params, batch, seed, training=False)
+        if self.outer_loss == "model":
+            return output["loss"]
+        return OUTER_LOSSES[self.outer_loss](output["logit"], output["y_true"])
 
     def _backward(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
         self.model.train()
@@ -279,9 +346,9 @@ class BiLevelStep:
             )
         return loss.detach()
 
-    def _pure_loss(
-        self, params: Tensors, batch: Batch, x: Tensor, seed: int, *, training: bool
-    ) -> Tensor:
+    def _pure_output(
+        self, params: Tensors, batch: Batch, seed: int, *, training: bool
+    ) -> dict[str, Tensor]:
         # Copies take the running statistics that a training forward would update.
         buffers = self._buffers()
         self.model.train(training)
@@ -291,12 +358,10 @@ class BiLevelStep:
                     module.train()  # only these: dropout stays off
         with _fixed_seed(seed):
             output = functional_call(
-                self.model,
-                ({**params}, buffers),
-                kwargs={**batch, self.input_key: x},
+                self.model, ({**params}, buffers), kwargs={**batch}
             )
         self.model.train()
-        return output["loss"]
+        return output
 
     def _signals(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.policy.logits.device

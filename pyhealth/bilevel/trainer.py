@@ -30,12 +30,18 @@ from .checks import (
     check_same_kind,
     expected_scores,
 )
-from .hypergradient import METHODS, Method
 from .keeper import RunKeeper, settings_of_run
 from .loader_position import LoaderPosition
 from .outer import PolicyOptimizer
+from .outer_loss import OUTER_LOSSES
 from .run_state import BestEpoch, RunState
-from .step import Batch, BiLevelStep, classifier_parameters
+from .step import (
+    OUTER_METHODS,
+    Batch,
+    BiLevelStep,
+    OuterMethod,
+    classifier_parameters,
+)
 
 __all__ = ["BiLevelTrainer"]
 
@@ -138,19 +144,23 @@ class BiLevelTrainer(Trainer):
         inner_lr: float = 1e-3,
         outer_lr: float = 1e-2,
         warmup_epochs: int = 1,
-        hypergradient: Method | None = "one_step",
+        hypergradient: OuterMethod | None = "one_step",
         neumann_terms: int = 1,
         neumann_lr: float | None = None,
         outer_every: int = 1,
         accumulate: int = 1,
         policy_dataloader: DataLoader | None = None,
         val_statistics: Literal["running", "batch"] = "running",
+        outer_loss: Literal["model", "ranking", "calibrated"] = "model",
+        alignment_records: int = 16,
         weight_decay: float = 0.0,
         monitor: str = "roc_auc",
         monitor_criterion: Literal["max", "min"] = "max",
         load_best_model_at_last: bool = True,
         patience: int | None = None,
         on_epoch: Callable[[Self], None] | None = None,
+        on_hypergradient: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+        | None = None,
         resume: bool | str = False,
         checkpoint_every: int | None = None,
         max_bad_steps: int = 10,
@@ -178,12 +188,18 @@ class BiLevelTrainer(Trainer):
             policy_dataloader: validation data for the policy; default those of
                 ``val_dataloader``, in an order of its own.
             val_statistics: "running" or "batch" BatchNorm statistics in the outer loss.
+            outer_loss: what the policy lowers on the validation data: the "model"'s
+                own loss, or "ranking" or "calibrated", see
+                :mod:`pyhealth.bilevel.outer_loss`.
+            alignment_records: training records that "alignment" enumerates in a step.
             weight_decay: L2 penalty of the weights.
             monitor: validation score that picks the best epoch.
             monitor_criterion: whether the "max" or "min" of it is best.
             load_best_model_at_last: end with the best epoch's weights and policy.
             patience: epochs without a new best before the training stops.
             on_epoch: called with the trainer after each epoch, to save its history.
+            on_hypergradient: called with every hypergradient by the names of the
+                policy's parameters; what it returns is used in its place. For controls.
             resume: go on from the newest checkpoint of this run's folder, or start anew
                 where there is none, so that one command begins and continues a run; or
                 the path of a checkpoint. All other arguments must be the same, but
@@ -207,7 +223,7 @@ class BiLevelTrainer(Trainer):
             TrainingInterrupted: after a signal.
         """
         arguments = dict(locals())
-        self._check(hypergradient, val_statistics)
+        self._check(hypergradient, val_statistics, outer_loss)
         _check_counts(
             epochs=epochs,
             outer_every=outer_every,
@@ -259,6 +275,8 @@ class BiLevelTrainer(Trainer):
             neumann_terms=neumann_terms,
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
+            outer_loss=outer_loss,
+            alignment_records=alignment_records,
         )
         self.history = []
         run = RunState(
@@ -278,7 +296,9 @@ class BiLevelTrainer(Trainer):
         )
         if saved is not None:
             run.load_state_dict(saved)
-        plan = _Plan(epochs, warmup_epochs, outer_every, joint, max_bad_steps)
+        plan = _Plan(
+            epochs, warmup_epochs, outer_every, joint, max_bad_steps, on_hypergradient
+        )
         with _augmented_by_trainer(self.model), keeper:
             keeper.write(run)
             policy_batches = run.positions["policy"].endless()
@@ -324,10 +344,18 @@ class BiLevelTrainer(Trainer):
         super().load_ckpt(ckpt_path)
         self.policy.load_state_dict(saved.state_dict())
 
-    def _check(self, method: Method | None, val_statistics: str) -> None:
-        if method is not None and method not in METHODS:
+    def _check(
+        self, method: OuterMethod | None, val_statistics: str, outer_loss: str
+    ) -> None:
+        if method is not None and method not in OUTER_METHODS:
             raise ValueError(
-                f"hypergradient must be one of {list(METHODS)} or None, got {method!r}."
+                f"hypergradient must be one of {list(OUTER_METHODS)} or None, got "
+                f"{method!r}."
+            )
+        if outer_loss not in ("model", *OUTER_LOSSES):
+            raise ValueError(
+                f"outer_loss must be one of {['model', *OUTER_LOSSES]}, got "
+                f"{outer_loss!r}."
             )
         if val_statistics not in ("running", "batch"):
             raise ValueError(
@@ -363,6 +391,8 @@ class BiLevelTrainer(Trainer):
                 index = position.taken - 1
                 if outer is not None and index % plan.outer_every == 0:
                     loss, gradient = step.inner_and_outer(batch, next(policy_batches))
+                    if plan.on_hypergradient is not None:
+                        gradient = plan.on_hypergradient(gradient)
                     outer.add(gradient, step.finite)
                 else:
                     loss = step.inner(batch, plan.joint)
@@ -467,6 +497,7 @@ class _Plan:
     outer_every: int
     joint: bool
     max_bad_steps: int
+    on_hypergradient: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
 
 
 def _view(loader: DataLoader, shuffle: bool, seed: int | None = None) -> DataLoader:

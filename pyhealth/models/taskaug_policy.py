@@ -49,6 +49,7 @@ class PolicyDraw:
 
     Attributes:
         stages: one :class:`StageDraw` a stage, in order.
+        first: number of the first of them; others than 0 leave stages out.
 
     Examples:
         >>> len(TaskAugPolicy(num_stages=2).sample(torch.Size([4, 12, 100])).stages)
@@ -56,6 +57,7 @@ class PolicyDraw:
     """
 
     stages: tuple[StageDraw, ...]
+    first: int = 0
 
 
 class TaskAugPolicy(nn.Module):
@@ -278,9 +280,36 @@ class TaskAugPolicy(nn.Module):
         """
         if draw is None:  # nn.Module's own, by which a model initialises its parts
             return super().apply(x)
-        for stage, stage_draw in enumerate(draw.stages):
+        for stage, stage_draw in enumerate(draw.stages, draw.first):
             x = self._apply_stage(stage, x, labels, stage_draw)
         return x
+
+    def enumerate_stage(
+        self,
+        stage: int,
+        x: Tensor,
+        labels: Tensor | None,
+        draw: StageDraw,
+        shift: float = 0.0,
+    ) -> Tensor:
+        """Apply every operation of one stage to every record, with the draw's noise.
+
+        Args:
+            stage: number of the stage.
+            x: signals (B, C, T) as they enter the stage.
+            labels: classes (B,) or (B, 1), see :meth:`apply`.
+            draw: complete draw of that stage; which operation it chose does not matter.
+            shift: added to the unbounded magnitudes in the second half of the result
+                and taken off in the first.
+
+        Returns:
+            Signals (2, O, B, C, T).
+        """
+        halves = []
+        for signed in (-shift, shift):
+            magnitude = self._magnitude_of(stage, labels, len(x), signed)
+            halves.append(self._values(x, magnitude, draw))
+        return torch.stack(halves)
 
     def forward(
         self,
@@ -441,17 +470,20 @@ class TaskAugPolicy(nn.Module):
         if not draw.complete:
             return result
         with torch.no_grad():
-            values = torch.stack(
-                [
-                    op.apply(
-                        x, magnitude[:, column], draw.noise[op.name], self.sampling_rate
-                    )
-                    for column, op in enumerate(self._operations)
-                ],
-                dim=1,
-            )
+            values = self._values(x, magnitude, draw)
         slope = self._soft(stage) - draw.soft  # zero at the draw
-        return result + torch.einsum("o,boct->bct", slope.to(x.dtype), values)
+        return result + torch.einsum("o,obct->bct", slope.to(x.dtype), values)
+
+    def _values(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
+        """Return what each operation makes of each record (O, B, C, T)."""
+        return torch.stack(
+            [
+                op.apply(
+                    x, magnitude[:, column], draw.noise[op.name], self.sampling_rate
+                )
+                for column, op in enumerate(self._operations)
+            ]
+        )
 
     def _apply_chosen(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
         pieces = []
@@ -472,9 +504,11 @@ class TaskAugPolicy(nn.Module):
     def _soft(self, stage: int) -> Tensor:
         return (self.logits[stage] / self.temperature).softmax(dim=-1)
 
-    def _magnitude_of(self, stage: int, labels: Tensor | None, records: int) -> Tensor:
+    def _magnitude_of(
+        self, stage: int, labels: Tensor | None, records: int, shift: float = 0.0
+    ) -> Tensor:
         """Return each record's magnitudes (B, O), in the operations' units."""
-        negative = self._bounded(self.mag_neg[stage])
+        negative = self._bounded(self.mag_neg[stage] + shift)
         if self.shared_magnitudes:
             return negative.expand(records, -1)
         if labels is None:
@@ -483,7 +517,7 @@ class TaskAugPolicy(nn.Module):
                 "build the policy with shared_magnitudes=True."
             )
         share = _column_of_labels(labels, records).to(negative)
-        positive = self._bounded(self.mag_pos[stage])
+        positive = self._bounded(self.mag_pos[stage] + shift)
         return torch.lerp(negative.expand(records, -1), positive, share)
 
     def _bounded(self, unbounded: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""What training with a learned policy ends in: probabilities and test scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from recovery_data import TEST_SEED, VAL_SEED, Cohort
+from recovery_truth import EPOCHS, TestScores, new_model
+from rows import Rows
+from torch import Tensor
+from tqdm import tqdm
+
+from pyhealth.bilevel import BiLevelTrainer
+
+#: Learned as the trainer learns by default, and its control, whose hypergradients have
+#: random signs: what moves there moves by chance.
+CONFIGURATIONS = ("learned", "sign-shuffled")
+
+
+def run_result(
+    cohort: Cohort,
+    plants: Mapping[str, float],
+    rows: Rows,
+    seeds: int,
+    epochs: int = EPOCHS,
+    **settings,
+) -> None:
+    """Train with every plant in the validation records; score on the planted test.
+
+    Args:
+        cohort: the clean data.
+        plants: magnitude by operation.
+        rows: where the results go.
+        seeds: runs of each.
+        epochs: of a run.
+        **settings: of ``BiLevelTrainer.train`` where they are not the default.
+    """
+    jobs = [
+        {"plant": f"{operation}/{magnitude:g}", "configuration": name, "seed": seed}
+        for seed in range(seeds)
+        for operation, magnitude in plants.items()
+        for name in CONFIGURATIONS
+    ]
+    for job in tqdm([job for job in jobs if job not in rows], desc="result"):
+        started, seed = time.perf_counter(), job["seed"]
+        operation, magnitude = job["plant"].split("/")
+        val = cohort.val.planted(operation, float(magnitude), VAL_SEED)
+        test = cohort.test.planted(operation, float(magnitude), TEST_SEED)
+        scores = TestScores({"clean": cohort.test, "planted": test}, epochs)
+        model = new_model(cohort, seed, shared_magnitudes=True)
+        trainer = BiLevelTrainer(
+            model, metrics=["roc_auc"], device="cpu", enable_logging=False, seed=seed
+        )
+        shuffle = _Signs(seed) if job["configuration"] == "sign-shuffled" else None
+        trainer.train(
+            cohort.train.loader(seed),
+            val.loader(),
+            policy_dataloader=val.loader(seed),
+            epochs=epochs,
+            load_best_model_at_last=False,
+            on_epoch=scores,
+            on_hypergradient=shuffle,
+            **settings,
+        )
+        policy = trainer.policy.to_frame()
+        rows.append(
+            {
+                **job,
+                "auroc": scores.mean(),
+                "probability": dict(
+                    zip(policy["operation"], policy["probability"], strict=True)
+                ),
+                "magnitude": dict(
+                    zip(policy["operation"], policy["magnitude_neg"], strict=True)
+                ),
+                "snr": [row["hypergradient_snr"] for row in trainer.history],
+                "seconds": time.perf_counter() - started,
+            }
+        )
+
+
+class _Signs:
+    """Gives every entry of a hypergradient a random sign."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: g * (1 - 2 * torch.randint(2, g.shape, generator=self.generator))
+            for name, g in gradient.items()
+        }
