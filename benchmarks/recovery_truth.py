@@ -23,9 +23,6 @@ EPOCHS = 25
 SCORED_LAST = 5
 UNIFORM = "uniform"
 FORCED = (UNIFORM, *AUGMENTATIONS)
-#: By how much the planted operation must beat no augmentation and every other single
-#: operation, in standard errors over the seeds, for the plant to be kept.
-MARGIN = 2.0
 
 
 def new_model(cohort: Cohort, seed: int, **policy) -> TaskAugResNet:
