@@ -51,7 +51,10 @@ def problem():
     return record_losses_of(net), params, direction, x, labels.double()
 
 
-def policy_of(stages=1, shared=False, operations=("no_op", "time_mask", "lead_dropout")):
+OPERATIONS = ("no_op", "time_mask", "lead_dropout")
+
+
+def policy_of(stages=1, shared=False, operations=OPERATIONS):
     policy = TaskAugPolicy(
         stages, shared_magnitudes=shared, operations=operations, sampling_rate=20
     ).double()
@@ -172,7 +175,6 @@ def test_shared_magnitudes_get_the_sum_over_the_classes(problem):
 
 
 def test_a_stage_before_or_behind_that_does_nothing_changes_nothing(problem):
-    record_losses, params, direction, x, labels = problem
     single = policy_of()
     for live in (0, 1):
         double = policy_of(stages=2)

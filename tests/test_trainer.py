@@ -23,7 +23,7 @@ from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.models.taskaug_resnet import TaskAugResNet
 
 LEADS, LENGTH, RATE = 3, 100, 50
-METHODS = ("one_step", "neumann", "darts", None)
+METHODS = ("one_step", "neumann", "darts", "alignment", None)
 
 
 @pytest.fixture(autouse=True)
@@ -1019,9 +1019,88 @@ def test_darts_with_magnitudes_a_class_warns_once(
 ):
     trainer = trainer_of(tiny(train_set), external_policy(shared_magnitudes=shared))
     trainer.train(*loaders, epochs=2, hypergradient=method)
-    warned = [r for r in messages.records if r.levelno == logging.WARNING]
-    assert len(warned) == warnings
-    assert all("label into the signal" in record.getMessage() for record in warned)
+    text = [record.getMessage() for record in messages.records]
+    assert sum("label into the signal" in line for line in text) == warnings
+
+
+# It says whether the policy learned
+
+
+def told(messages):
+    text = [record.getMessage() for record in messages.records]
+    return [line for line in text if "TOLD FROM ITS START" in line]
+
+
+def test_random_hypergradients_are_called_chance(train_set, loaders, messages):
+    trainer = trainer_of(resnet(train_set))
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(gradient):
+        return {
+            n: torch.randn(g.shape, generator=generator) for n, g in gradient.items()
+        }
+
+    trainer.train(*loaders, epochs=4, on_hypergradient=noise)
+    assert trainer.policy_p_value > 0.05
+    assert len(told(messages)) == 1
+
+
+def test_hypergradients_that_agree_are_not_called_chance(train_set, loaders, messages):
+    trainer = trainer_of(resnet(train_set))
+    generator = torch.Generator().manual_seed(0)
+
+    def drift(gradient):
+        return {
+            n: 1 + torch.randn(g.shape, generator=generator)
+            for n, g in gradient.items()
+        }
+
+    trainer.train(*loaders, epochs=4, on_hypergradient=drift)
+    assert trainer.policy_p_value <= 0.01
+    assert not told(messages)
+
+
+def test_a_policy_that_rests_is_not_judged(train_set, loaders, messages):
+    trainer = trainer_of(resnet(train_set))
+    trainer.train(*loaders, epochs=1, hypergradient=None)
+    assert math.isnan(trainer.policy_p_value)
+    assert not told(messages)
+
+
+def test_what_the_hook_returns_moves_the_policy(train_set, loaders):
+    trainer = trainer_of(resnet(train_set))
+    seen = []
+
+    def only_first(gradient):
+        seen.append(gradient)
+        return {n: torch.zeros_like(g) for n, g in gradient.items()}
+
+    trainer.train(*loaders, epochs=2, on_hypergradient=only_first)
+    assert len(seen) == 3  # the batches of the epoch after the warm-up
+    assert trainer.policy.probabilities().unique().numel() == 1
+
+
+@pytest.mark.parametrize("outer_loss", ["ranking", "calibrated"])
+@pytest.mark.parametrize("method", ["alignment", "one_step"])
+def test_other_outer_losses_give_another_hypergradient(
+    train_set, val_set, method, outer_loss
+):
+    seen = {}
+    for loss in ("model", outer_loss):
+        trainer = trainer_of(resnet(train_set, policy_stages=2))
+        found = seen.setdefault(loss, [])
+        trainer.train(
+            get_dataloader(train_set, 8, shuffle=True, seed=0),
+            get_dataloader(val_set, 12),
+            epochs=1,
+            warmup_epochs=0,
+            hypergradient=method,
+            outer_loss=loss,
+            on_hypergradient=lambda g, found=found: found.append(g) or g,
+        )
+    first, other = (seen[loss][1]["logits"] for loss in seen)
+    assert first.abs().max() > 0
+    assert not torch.allclose(first, other, rtol=1e-2)
 
 
 # It learns

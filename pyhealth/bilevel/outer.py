@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..models.taskaug_policy import TaskAugPolicy
 
-__all__ = ["PolicyOptimizer"]
+__all__ = ["PolicyOptimizer", "signal_to_noise"]
+
+#: Random sign patterns of the test whether a policy learned anything.
+SIGN_FLIPS = 999
 
 
 class PolicyOptimizer:
@@ -35,6 +38,7 @@ class PolicyOptimizer:
         self.accumulate = accumulate
         self.waiting: list[tuple[dict[str, Tensor], Tensor]] = []
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self.earlier: list[Tensor] = []
 
     def add(self, gradient: dict[str, Tensor], finite: Tensor) -> None:
         """Take one hypergradient; step the policy when there are enough.
@@ -56,17 +60,36 @@ class PolicyOptimizer:
         self.waiting = []
 
     def statistics(self) -> tuple[float, float]:
-        """Return norm and signal-to-noise ratio since the last call, and forget."""
+        """Return norm and signal-to-noise ratio of the epoch, which ends with this.
+
+        The ratio is that of :func:`signal_to_noise`.
+        """
         seen = [logits for logits, finite in self.seen if finite]
         self.seen = []
+        self.earlier += seen
         if not seen:
             return math.nan, math.nan
         seen = torch.stack(seen)
-        norm = seen.norm(dim=1).mean().item()
-        if len(seen) < 2:
-            return norm, math.nan
-        error = (seen.var(dim=0).sum() / len(seen)).sqrt()
-        return norm, (seen.mean(dim=0).norm() / error).item()
+        return seen.norm(dim=1).mean().item(), signal_to_noise(seen)
+
+    def p_value(self) -> float:
+        """Return how often chance alone would point as far as this run's mean did.
+
+        A sign-flip test on the length of the logits' mean hypergradient: were there no
+        direction in them, every hypergradient could as well have had the other sign.
+
+        Returns:
+            In (0, 1]; nan before the first whole epoch with hypergradients.
+        """
+        if not self.earlier:
+            return math.nan
+        seen = torch.stack(self.earlier).cpu().double()
+        generator = torch.Generator().manual_seed(0)
+        flips = torch.randint(2, (SIGN_FLIPS, len(seen)), generator=generator)
+        by_chance = ((2.0 * flips - 1).double() @ seen).norm(dim=1)
+        # A run of one hypergradient ties with itself: rounding must not decide it.
+        reached = by_chance >= seen.sum(dim=0).norm() * (1 - 1e-9)
+        return (1 + reached.sum().item()) / (1 + SIGN_FLIPS)
 
     def state_dict(self) -> dict[str, object]:
         """Return everything that later steps depend on."""
@@ -74,6 +97,7 @@ class PolicyOptimizer:
             "optimizer": self.optimizer.state_dict(),
             "waiting": self.waiting,
             "seen": self.seen,
+            "earlier": self.earlier,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -85,6 +109,7 @@ class PolicyOptimizer:
             for gradient, finite in state["waiting"]
         ]
         self.seen = [(g.to(device), finite.to(device)) for g, finite in state["seen"]]
+        self.earlier = [g.to(device) for g in state["earlier"]]
 
     def _step_if(self, wanted: Tensor) -> None:
         # Taken and, if unwanted, taken back on the device itself: asking it first would
@@ -102,3 +127,22 @@ class PolicyOptimizer:
             parameter.data.copy_(torch.where(wanted, parameter.data, value))
             moment = state[parameter]["square_avg"]
             moment.copy_(torch.where(wanted, moment, square))
+
+
+def signal_to_noise(gradients: Tensor) -> float:
+    """Return the length of the mean over its standard error; near 1 it is noise.
+
+    Args:
+        gradients: (N, D), one row a hypergradient.
+
+    Returns:
+        0 or more; nan for fewer than two rows.
+
+    Examples:
+        >>> round(signal_to_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]])), 3)
+        2.0
+    """
+    if len(gradients) < 2:
+        return math.nan
+    error = (gradients.var(dim=0).sum() / len(gradients)).sqrt()
+    return (gradients.mean(dim=0).norm() / error).item()

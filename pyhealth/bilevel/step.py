@@ -276,12 +276,9 @@ class BiLevelStep:
         }
 
         def record_losses(params: Tensors, x: Tensor, labels: Tensor) -> Tensor:
-            output = self._pure_output(
-                params,
-                {self.input_key: x, self.label_key: labels},
-                seed,
-                training=True,
-            )
+            copies = _repeated(batch, self.alignment_records, len(x))
+            copies |= {self.input_key: x, self.label_key: labels}
+            output = self._pure_output(params, copies, seed, training=True)
             per_record = self.model.get_loss_function()(
                 output["logit"], output["y_true"], reduction="none"
             )
@@ -369,6 +366,18 @@ class BiLevelStep:
 
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31, (), generator=self.generator).item())
+
+
+def _repeated(batch: Batch, records: int, count: int) -> dict[str, object]:
+    """Return ``count`` records: the batch's first ``records``, over and over."""
+    size = min(records, len(next(iter(batch.values()))))
+    order = torch.arange(count) % size
+    return {
+        key: value[order.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[index] for index in order]
+        for key, value in batch.items()
+    }
 
 
 @contextmanager

@@ -48,6 +48,9 @@ __all__ = ["BiLevelTrainer"]
 # Below PyHealth's trainer, whose log file then gets these lines too.
 logger = logging.getLogger("pyhealth.trainer.bilevel")
 
+#: Above this p-value a learned policy is said to be no other than its start.
+NOTHING_LEARNED = 0.05
+
 #: Steps between two updates of the progress bar; each waits for the device.
 POSTFIX_EVERY = 10
 
@@ -62,6 +65,8 @@ class BiLevelTrainer(Trainer):
     near 1 it is noise), bad_steps (not taken because loss, gradient or hypergradient
     was not finite), seconds, and the policy: ``probability/<stage>/<operation>``,
     ``magnitude_neg/...`` and ``magnitude_pos/...`` in the operations' units.
+    ``policy_p_value`` tells whether the hypergradients of the whole run had a direction
+    at all (nan where the policy did not learn); above 0.05 a warning says so.
 
     With logging, a run is kept on the disk and can go on after a crash or a signal from
     where it was: see ``resume``. SIGTERM and Ctrl-C end it after the step or evaluation
@@ -119,6 +124,7 @@ class BiLevelTrainer(Trainer):
         check_label(model, self.policy)
         self.input_key = input_key
         self.history: list[dict[str, float]] = []
+        self.policy_p_value = math.nan
         self._seed_is_given = seed is not None
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
@@ -311,6 +317,7 @@ class BiLevelTrainer(Trainer):
                 run.epoch += 1
                 keeper.write(run)  # last: what is not in it is done again
                 keeper.leave_if_asked()
+        self._judge_policy(run.outer)
         if run.best.exhausted:
             logger.info("Early stopping after epoch %d", run.epoch - 1)
         if load_best_model_at_last and run.best.state is not None:
@@ -456,10 +463,28 @@ class BiLevelTrainer(Trainer):
             if best.waited == 0:
                 self.save_ckpt(os.path.join(self.exp_path, "best.ckpt"))
 
+    def _judge_policy(self, outer: PolicyOptimizer | None) -> None:
+        """Say whether the policy's direction can be told from chance."""
+        self.policy_p_value = math.nan if outer is None else outer.p_value()
+        if self.policy_p_value > NOTHING_LEARNED:
+            logger.warning(
+                "THE POLICY CANNOT BE TOLD FROM ITS START: hypergradients of random "
+                "signs point as far with p = %.2f. Its probabilities are chance. More "
+                "epochs, larger batches, accumulate=..., or more validation records "
+                "may show a direction.",
+                self.policy_p_value,
+            )
+        elif outer is not None and not math.isnan(self.policy_p_value):
+            logger.info(
+                "The policy's direction is not chance: p = %.3f", self.policy_p_value
+            )
+
     def _postfix(self, loss: Tensor) -> dict[str, str]:
         shown = {"loss": f"{loss.item():.3f}"}
         if self.history and "roc_auc" in self.history[-1]:
             shown["AUROC"] = f"{self.history[-1]['roc_auc']:.3f}"
+        if self.history and not math.isnan(self.history[-1]["hypergradient_snr"]):
+            shown["SNR"] = f"{self.history[-1]['hypergradient_snr']:.1f}"
         top = self.policy.probabilities().max(dim=-1)
         for stage, (share, column) in enumerate(zip(*top, strict=True)):
             name = self.policy.op_names[int(column)]
