@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
+from .distributed import Average
 from .hypergradient import Method, Tensors, hypergradient
 from .inner_step import inner_step_of
 
@@ -85,6 +86,8 @@ class BiLevelStep:
         neumann_lr: step of the series, "neumann" only.
         val_statistics: BatchNorm in the validation forward: "running" statistics, as at
             test time, or those of the "batch".
+        average: over the processes that each take a part of a batch, see
+            :class:`~pyhealth.bilevel.distributed.Processes`; default one process.
 
     Attributes:
         finite: 0-dim tensor, whether the last step was taken.
@@ -109,6 +112,7 @@ class BiLevelStep:
         neumann_terms: int = 1,
         neumann_lr: float | None = None,
         val_statistics: Literal["running", "batch"] = "running",
+        average: Average | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -121,6 +125,7 @@ class BiLevelStep:
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
+        self.average = average
         self.finite = torch.tensor(True)
         # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
@@ -175,7 +180,8 @@ class BiLevelStep:
         else:
             through = augmented
             cotangent = self._through_weights(batch, augmented, val_batch, seed)
-        gradient = self._to_policy(through, cotangent)
+        of = val_batch if self.method == "darts" else batch
+        gradient = self._mean(self._to_policy(through, cotangent), self._records(of))
         for value in gradient.values():
             finite = finite & value.isfinite().all()
         self._take_if(finite, buffers)
@@ -184,13 +190,8 @@ class BiLevelStep:
 
     def _finite(self, loss: Tensor) -> Tensor:
         # One number tells it: where the norm overflows, so would Adam's squares.
-        gradients = [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        return (loss + torch.nn.utils.get_total_norm(gradients)).isfinite()
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        return (loss + norm).isfinite()
 
     def _take_if(self, finite: Tensor, buffers: Tensors) -> None:
         """Step the weights if all was finite; else put the buffers back."""
@@ -217,6 +218,7 @@ class BiLevelStep:
         def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
             return self._pure_loss(params, batch, hparams["x"], seed, training=True)
 
+        records = {"train": self._records(batch), "val": self._records(val_batch)}
         settings: dict[str, object]
         if self.method == "one_step":
             settings = {
@@ -231,6 +233,7 @@ class BiLevelStep:
             self.params,
             {"x": augmented},
             method=self.method,
+            average=lambda tensors, of: self._mean(tensors, records[of]),
             **settings,
         )["x"]
 
@@ -277,7 +280,35 @@ class BiLevelStep:
                 f"No gradient reaches {', '.join(unused)}: the model's loss does not "
                 "use it. Call requires_grad_(False) on it to leave it out."
             )
-        return loss.detach()
+        if self.average is None:
+            return loss.detach()
+        return self._average_in_place(loss.detach(), self._records(batch))
+
+    def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
+        """Average loss, gradients and running statistics over the processes."""
+        tensors = {f"grad {i}": g for i, g in enumerate(self._gradients())}
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                tensors[f"mean {name}"] = module.running_mean
+                tensors[f"var {name}"] = module.running_var
+        means = self._mean({"loss": loss, **tensors}, records)
+        for name, tensor in tensors.items():
+            tensor.copy_(means[name])
+        return means["loss"]
+
+    def _mean(self, tensors: Tensors, records: int) -> Tensors:
+        return tensors if self.average is None else self.average(tensors, records)
+
+    def _records(self, batch: Batch) -> int:
+        return len(batch[self.input_key])
+
+    def _gradients(self) -> list[Tensor]:
+        return [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
 
     def _pure_loss(
         self, params: Tensors, batch: Batch, x: Tensor, seed: int, *, training: bool

@@ -21,6 +21,7 @@ from ..datasets import SampleDataset, get_dataloader
 from ..models.taskaug_policy import TaskAugPolicy
 from ..trainer import Trainer, _cpu_state_dict
 from .checkpoint import write_whole
+from .distributed import Processes, read_whole
 from .hypergradient import METHODS, Method
 from .keeper import RunKeeper, settings_of_run
 from .loader_position import LoaderPosition
@@ -58,7 +59,8 @@ class BiLevelTrainer(Trainer):
             is given, any PyHealth model of one signal, ``input_key``.
         checkpoint_path: checkpoint to load.
         metrics: names of the validation scores, see PyHealth's metrics.
-        device: default CUDA if there is one.
+        device: default CUDA if there is one; in a launch of several processes "cpu", or
+            each process's own GPU.
         enable_logging: write a log, last.ckpt, best.ckpt and checkpoints/ to go on from
             below ``output_path``.
         output_path: default ``./output``.
@@ -105,17 +107,21 @@ class BiLevelTrainer(Trainer):
         self._seed_is_given = seed is not None
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        self.processes = Processes(device)
+        self.seed = self.processes.from_main(seed)
+        self._generator = torch.Generator().manual_seed(
+            self.seed + self.processes.index
+        )
         super().__init__(
             model,
             checkpoint_path,
             metrics,
-            device,
-            enable_logging,
+            self.processes.device,
+            enable_logging and self.processes.is_main,
             output_path,
             exp_name,
         )
+        self.exp_path = self.processes.from_main(self.exp_path)
         self.policy.to(self.device)
 
     def train(
@@ -201,11 +207,13 @@ class BiLevelTrainer(Trainer):
         )
         if policy_dataloader is None:
             policy_dataloader = val_dataloader
-        keeper = RunKeeper(self.exp_path, resume, checkpoint_every)
+        for loader in (train_dataloader, val_dataloader, policy_dataloader):
+            read_whole(loader.dataset, self.processes)
+        keeper = RunKeeper(self.exp_path, resume, checkpoint_every, self.processes)
         settings = settings_of_run(
             self.model,
             self.policy,
-            arguments,
+            {**arguments, "processes": self.processes.count},
             self.seed if self._seed_is_given else None,
             {"training": train_dataloader, "validation": policy_dataloader},
         )
@@ -234,6 +242,7 @@ class BiLevelTrainer(Trainer):
             neumann_terms=neumann_terms,
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
+            average=self.processes.average if self.processes.count > 1 else None,
         )
         learns = hypergradient is not None and self.policy.num_stages > 0
         self.history = []
@@ -243,15 +252,18 @@ class BiLevelTrainer(Trainer):
             step.optimizer,
             PolicyOptimizer(self.policy, outer_lr, accumulate) if learns else None,
             self._generator,
+            self.processes,
             self.seed,
             {
-                "train": LoaderPosition(train_dataloader),
+                "train": LoaderPosition(train_dataloader, self._share),
                 "policy": self._policy_position(policy_dataloader),
                 "val": LoaderPosition(val_dataloader),
             },
             BestEpoch(monitor, monitor_criterion, patience),
             self.history,
         )
+        if saved is None and self.processes.count > 1:  # all begin as the main one
+            saved = self.processes.from_main(run.state_dict())
         if saved is not None:
             run.load_state_dict(saved)
         plan = _Plan(epochs, warmup_epochs, outer_every, joint, max_bad_steps)
@@ -261,11 +273,10 @@ class BiLevelTrainer(Trainer):
             while run.epoch < epochs and not run.best.exhausted:
                 self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
                 self._evaluate_epoch(val_dataloader, run.best)
-                if on_epoch is not None:
+                if on_epoch is not None and self.processes.is_main:
                     on_epoch(self)
                 run.epoch += 1
-                keeper.write(run)  # last: what is not in it is done again
-                keeper.leave_if_asked()
+                keeper.after_epoch(run)  # last: what is not in it is done again
         if run.best.exhausted:
             logger.info("Early stopping after epoch %d", run.epoch - 1)
         if load_best_model_at_last and run.best.state is not None:
@@ -321,6 +332,7 @@ class BiLevelTrainer(Trainer):
             position.batches(),
             desc=f"Epoch {epoch} / {plan.epochs}",
             total=len(position.loader),
+            disable=not self.processes.is_main,
             initial=position.taken,
             leave=False,
         )
@@ -378,6 +390,7 @@ class BiLevelTrainer(Trainer):
     def _evaluate_epoch(self, loader: DataLoader, best: BestEpoch) -> None:
         row = self.history[-1]
         scores = {name: float(v) for name, v in self.evaluate(loader).items()}
+        scores = self.processes.from_main(scores)  # all decide alike
         row.update(scores)
         shown = {"train_loss": row["train_loss"], **scores}
         logger.info(
@@ -387,7 +400,7 @@ class BiLevelTrainer(Trainer):
         )
         if best.update(scores):
             best.state = (_cpu_state_dict(self.model), _cpu_state_dict(self.policy))
-        if self.exp_path is not None:
+        if self.exp_path is not None and self.processes.is_main:
             self.save_ckpt(os.path.join(self.exp_path, "last.ckpt"))
             if best.waited == 0:
                 self.save_ckpt(os.path.join(self.exp_path, "best.ckpt"))
@@ -413,7 +426,10 @@ class BiLevelTrainer(Trainer):
             loader = get_dataloader(
                 view, loader.batch_size, shuffle=True, seed=self.seed
             )
-        return LoaderPosition(loader)
+        return LoaderPosition(loader, self._share)
+
+    def _share(self, batch: Batch) -> Batch | None:
+        return self.processes.share(batch, len(batch[self.input_key]))
 
     def _owns_policy(self) -> bool:
         return any(module is self.policy for module in self.model.modules())
