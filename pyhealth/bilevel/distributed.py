@@ -150,10 +150,10 @@ def prepared_by_main(processes: Processes) -> Iterator[None]:
         ...     print("prepared once")
         prepared once
     """
-    hidden = {name: os.environ.pop(name, None) for name in ("WORLD_SIZE", "NNODES")}
-    # An explicit 1: without it an initialised process group would be seen.
+    alone = {"WORLD_SIZE": "1", "GLOBAL_RANK": "0", "NNODES": "1"}
+    before = {name: os.environ.get(name) for name in alone}
     if processes.count > 1:
-        os.environ["WORLD_SIZE"] = "1"
+        os.environ |= alone  # streaming datasets believe these before anything else
     try:
         if not processes.is_main:
             processes.from_main(None)
@@ -161,7 +161,7 @@ def prepared_by_main(processes: Processes) -> Iterator[None]:
         if processes.is_main:
             processes.from_main(None)
     finally:
-        for name, value in hidden.items():
+        for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value

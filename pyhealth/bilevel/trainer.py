@@ -393,7 +393,8 @@ class BiLevelTrainer(Trainer):
         scores = self.processes.from_main(scores)  # all decide alike
         row.update(scores)
         shown = {"train_loss": row["train_loss"], **scores}
-        logger.info(
+        logger.log(
+            logging.INFO if self.processes.is_main else logging.DEBUG,
             "epoch %d: %s",
             row["epoch"],
             ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
