@@ -112,6 +112,7 @@ def synthetic_root(arguments: argparse.Namespace) -> Path:
 
 def prepare_data(arguments: argparse.Namespace):
     """Open the corpus and prepare the samples of the task."""
+    from pyhealth.bilevel.distributed import Processes, prepared_by_main
     from pyhealth.bilevel.experiment import prepare
     from pyhealth.datasets.ptbxl import PTBXLDataset
     from pyhealth.tasks.ecg_classification import ECGBinaryClassification
@@ -122,16 +123,17 @@ def prepare_data(arguments: argparse.Namespace):
         length=arguments.length,
         normalize=arguments.normalize,
     )
-    cache_dir = arguments.cache_dir
-    if arguments.synthetic:
-        root = synthetic_root(arguments)
-        cache_dir = root.parent
-    else:
-        root = Path(arguments.data_root)
-    # The smaller recording where it is enough: a rate of 100 needs no 500.
-    recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
-    dataset = PTBXLDataset(root, sampling_rate=recorded, cache_dir=cache_dir)
-    return prepare(dataset, task, arguments.n_records, arguments.seed)
+    with prepared_by_main(Processes(arguments.device)):
+        cache_dir = arguments.cache_dir
+        if arguments.synthetic:
+            root = synthetic_root(arguments)
+            cache_dir = root.parent
+        else:
+            root = Path(arguments.data_root)
+        # The smaller recording where it is enough: a rate of 100 needs no 500.
+        recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
+        dataset = PTBXLDataset(root, sampling_rate=recorded, cache_dir=cache_dir)
+        return prepare(dataset, task, arguments.n_records, arguments.seed)
 
 
 def settings_of(arguments: argparse.Namespace):
@@ -156,9 +158,12 @@ def settings_of(arguments: argparse.Namespace):
 def run_mode(arguments: argparse.Namespace) -> None:
     """Prepare the data, run the mode and print what happened."""
     from pyhealth.bilevel.comparison import ablation, compare, lr_sweep, summary
+    from pyhealth.bilevel.distributed import Processes
 
     data = prepare_data(arguments)
-    print(
+    is_main = Processes(arguments.device).is_main
+    say = print if is_main else (lambda text: None)  # once, not by each process
+    say(
         f"{arguments.task}: {len(data.train)} records to train, {len(data.val)} to "
         f"validate, {len(data.test)} to test (fold {data.description['test_fold']})"
     )
@@ -178,11 +183,11 @@ def run_mode(arguments: argparse.Namespace) -> None:
         arguments.resume,
         arguments.checkpoint_every,
     )
-    print(f"\n{arguments.task} on the test records")
-    print(summary(table))
-    print("\nPictures:")
+    say(f"\n{arguments.task} on the test records")
+    say(summary(table))
+    say("\nPictures:")
     for picture in sorted(Path(arguments.output_dir).rglob("*.png")):
-        print(f"  {picture}")
+        say(f"  {picture}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .distributed import Processes
 from .experiment import PreparedData, RunSettings, run
 from .plots import plot_roc_pr
 
@@ -100,6 +101,7 @@ def compare(
         >>> compare(ablation(settings), [0, 1, 2], data, "out")  # doctest: +SKIP
     """
     folder = Path(folder)
+    main = Processes(next(iter(configurations.values())).device).is_main
     alone = len(configurations) * len(seeds) == 1
     rows: list[dict[str, float]] = []
     curves = {}
@@ -111,10 +113,11 @@ def compare(
                 replace(settings, seed=seed), data, target, resume, checkpoint_every
             )
             rows.append({"configuration": name, "seed": seed, **_scores(target)})
-            pd.DataFrame(rows).to_csv(folder / "comparison.csv", index=False)
+            if main:
+                pd.DataFrame(rows).to_csv(folder / "comparison.csv", index=False)
             if seed == seeds[0] and predictions["label"].nunique() == 2:
                 curves[name] = (predictions["label"], predictions["probability"])
-    if curves and not alone:
+    if curves and not alone and main:
         plot_roc_pr(curves, folder / "comparison.png")
     return pd.DataFrame(rows)
 

@@ -30,6 +30,7 @@ from ..models.taskaug_resnet import TaskAugResNet
 from ..processors.ecg_processor import ECGProcessor
 from ..tasks.ecg_classification import ECGBinaryClassification
 from .checkpoint import write_whole
+from .distributed import Processes
 from .plots import plot_ecg, plot_learning_curves, plot_policy, plot_roc_pr
 from .step import OuterMethod
 from .trainer import BiLevelTrainer
@@ -198,19 +199,40 @@ def run(
         >>> run(RunSettings(epochs=3), data, "output/mi")  # doctest: +SKIP
     """
     folder = Path(folder)
+    processes = Processes(settings.device)
+    if processes.is_main:
+        _begin(settings, data, folder, resume)
+    trainer = _train(settings, data, folder, resume, checkpoint_every)
+    predictions = _predict(trainer, data.test, settings.batch_size)
+    if processes.is_main:
+        _write_results(trainer, settings, data, predictions, folder)
+    processes.from_main(None)  # nobody reads a file before it is written
+    return predictions
+
+
+def _begin(
+    settings: RunSettings, data: PreparedData, folder: Path, resume: bool
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     configuration = _configuration(settings, data)
     if resume:
         _check_same_run(folder / "config.json", configuration)
     _write_json(folder / "config.json", configuration)
     _write_table(folder / "records.csv", _records_table(data))
-    trainer = _train(settings, data, folder, resume, checkpoint_every)
+
+
+def _write_results(
+    trainer: BiLevelTrainer,
+    settings: RunSettings,
+    data: PreparedData,
+    predictions: pd.DataFrame,
+    folder: Path,
+) -> None:
     trainer.save_ckpt(str(folder / "best.ckpt"))
     best = _best_epoch(trainer.history)
     trainer.policy.save(
         folder / "policy.json", provenance=_provenance(settings, data, best)
     )
-    predictions = _predict(trainer, data.test, settings.batch_size)
     _write_table(folder / "predictions.csv", predictions)
     metrics = {
         "best_epoch": best,
@@ -220,7 +242,6 @@ def run(
     }
     _write_json(folder / "metrics.json", metrics)
     _draw(trainer, data, predictions, settings, folder)
-    return predictions
 
 
 def score(predictions: pd.DataFrame) -> dict[str, float | int | None]:

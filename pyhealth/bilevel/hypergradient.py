@@ -49,6 +49,7 @@ def hypergradient(
     neumann_terms: int = 1,
     inner_step: InnerStep | None = None,
     train_grads: Tensors | None = None,
+    average: Callable[[Tensors, Literal["train", "val"]], Tensors] | None = None,
 ) -> dict[str, Tensor]:
     """Return the derivative of the validation loss in the hyper-parameters.
 
@@ -81,6 +82,10 @@ def hypergradient(
             :func:`~pyhealth.bilevel.inner_step.inner_step_of`.
         train_grads: dL_train/dw at (params, hparams) where the caller has it already;
             ``one_step`` only, saves one gradient.
+        average: takes the mean over several processes, whose losses are means of their
+            own records, of what comes from the "val" or the "train" loss: the gradient
+            g and Hessian products. Each process then gets its part of the result, whose
+            mean is the derivative. ``train_grads`` must be means already.
 
     Returns:
         The derivative by name, like ``hparams``.
@@ -108,19 +113,26 @@ def hypergradient(
         {'phi': tensor([0.1200])}
     """
     _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads)
+    average = average or (lambda tensors, of: tensors)
     params = {name: value.detach() for name, value in params.items()}
     hparams = {name: value.detach() for name, value in hparams.items()}
     if method == "darts":
         return _gradient(lambda h: val_loss(params, h), hparams)
     if method == "neumann":
-        gradient = _gradient(val_loss, params)
-        vector = _neumann(train_loss, params, hparams, gradient, lr, neumann_terms)
+        gradient = average(_gradient(val_loss, params), "val")
+
+        def product(term: Tensors) -> dict[str, Tensor]:
+            own = _derivative_along(train_loss, params, hparams, term, of="params")
+            return average(own, "train")
+
+        vector = _neumann(product, gradient, lr, neumann_terms)
     else:
         if train_grads is None:
-            train_grads = _gradient(lambda p: train_loss(p, hparams), params)
+            own = _gradient(lambda p: train_loss(p, hparams), params)
+            train_grads = average(own, "train")
         step = inner_step or _gradient_descent(lr)
         after, slope = step(params, train_grads)
-        gradient = _gradient(val_loss, after)
+        gradient = average(_gradient(val_loss, after), "val")
         vector = {name: slope[name] * gradient[name] for name in params}
     mixed = _derivative_along(train_loss, params, hparams, vector, of="hparams")
     return {name: -value for name, value in mixed.items()}
@@ -242,11 +254,11 @@ def _leaves(tensors: Tensors) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in tensors.items()}
 
 
-def _neumann(train_loss, params, hparams, gradient, lr, terms) -> dict[str, Tensor]:
+def _neumann(hessian_product, gradient, lr, terms) -> dict[str, Tensor]:
     # sum_{j<=J} (I - lr H)^j g: term_{j+1} = term_j - lr H term_j.
     term, total, first = gradient, dict(gradient), _norm(gradient)
     for _ in range(terms):
-        product = _derivative_along(train_loss, params, hparams, term, of="params")
+        product = hessian_product(term)
         term = {name: term[name] - lr * product[name] for name in term}
         size = _norm(term)
         # A gradient that is not finite is no fault of the series.

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ..datasets import SampleDataset
 from ..models.taskaug_policy import TaskAugPolicy
 from .checkpoint import CheckpointFolder
+from .distributed import Processes
 from .interruption import StopSignals, TrainingInterrupted
 from .run_state import RunState, check_compatible
 
@@ -33,6 +34,10 @@ FREE_ARGUMENTS = (
 )
 
 
+#: Steps after which processes ask each other whether one has received a signal.
+STEPS_BETWEEN_QUESTIONS = 10
+
+
 class RunKeeper:
     """Reads and writes the checkpoints of one run, and heeds signals meanwhile.
 
@@ -40,6 +45,7 @@ class RunKeeper:
         exp_path: folder of the run; None keeps nothing, and signals do what they do.
         resume: whether to go on from the newest checkpoint, or the path of one.
         every: steps between two checkpoints; None for the ends of epochs only.
+        processes: that train together; the main one alone touches the disk.
 
     Raises:
         ValueError: if there is no folder for ``resume`` or ``every``.
@@ -54,7 +60,11 @@ enable_logging=True.
     """
 
     def __init__(
-        self, exp_path: str | None, resume: bool | str = False, every: int | None = None
+        self,
+        exp_path: str | None,
+        resume: bool | str = False,
+        every: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if exp_path is None and (resume or every):
             raise ValueError(
@@ -63,6 +73,7 @@ enable_logging=True.
             )
         self.resume = resume
         self.every = every
+        self.processes = Processes("cpu") if processes is None else processes
         self.settings: dict[str, dict] = {}
         self.folder = None
         if exp_path is not None:
@@ -86,6 +97,10 @@ enable_logging=True.
             CheckpointError: if there is a checkpoint that cannot be used.
         """
         self.settings = settings
+        saved = self._read(model) if self.processes.is_main else None
+        return self.processes.from_main(saved)
+
+    def _read(self, model: nn.Module) -> dict[str, object] | None:
         if self.folder is None:
             return None
         # Weights, Adam's two moments, the best epoch.
@@ -95,7 +110,7 @@ enable_logging=True.
         resume = self.resume
         saved = self.folder.newest() if resume is True else self.folder.read(resume)
         if saved is not None:
-            check_compatible(saved, settings, model)
+            check_compatible(saved, self.settings, model)
             logger.info("Going on from %s", self.folder.last)
         return saved
 
@@ -107,10 +122,9 @@ enable_logging=True.
         self._signals.__exit__(*error)
 
     def due(self, run: RunState) -> bool:
-        """Return whether :meth:`after_step` is going to write."""
-        return self._signals.received is not None or (
-            self.every is not None and run.steps % self.every == 0
-        )
+        """Return whether :meth:`after_step` may write."""
+        every = self.every is not None and run.steps % self.every == 0
+        return every or self._asks_now(run)
 
     def after_step(self, run: RunState) -> None:
         """Write a checkpoint if one is due; leave if a signal came.
@@ -121,24 +135,48 @@ enable_logging=True.
         Raises:
             TrainingInterrupted: after a signal.
         """
+        signal_number = self._signal() if self._asks_now(run) else 0
+        every = self.every is not None and run.steps % self.every == 0
         # Not amid steps that were not finite: the one before them may be better.
-        if self._signals.received or (self.due(run) and not run.log.in_a_row):
+        if signal_number or (every and not run.log.in_a_row):
             self.write(run)
-        self.leave_if_asked()
+        self._leave(signal_number)
+
+    def after_epoch(self, run: RunState) -> None:
+        """Write a checkpoint; leave if a signal came.
+
+        Args:
+            run: the run, between two epochs.
+
+        Raises:
+            TrainingInterrupted: after a signal.
+        """
+        self.write(run)
+        self._leave(self._signal())
 
     def write(self, run: RunState) -> None:
         """Write a checkpoint."""
-        if self.folder is not None:
-            state = {"settings": self.settings, **run.state_dict()}
+        if self.folder is None:
+            return
+        state = {"settings": self.settings, **run.state_dict()}
+        if self.processes.is_main:
             self.folder.write(state, run.steps)
 
-    def leave_if_asked(self) -> None:
-        """End the run after a signal; the caller has just written a checkpoint."""
-        if self._signals.received is not None:
+    def _asks_now(self, run: RunState) -> bool:
+        # Processes must leave after the same step, so they ask each other, not always.
+        if self.processes.count > 1:
+            return run.steps % STEPS_BETWEEN_QUESTIONS == 0
+        return self._signals.received is not None
+
+    def _signal(self) -> int:
+        return self.processes.largest(self._signals.received or 0)
+
+    def _leave(self, signal_number: int) -> None:
+        if signal_number:
             raise TrainingInterrupted(
                 f"Training was stopped by a signal; {self.folder.last} is written. Go "
                 "on with the same command and resume=True.",
-                self._signals.received,
+                signal_number,
             )
 
 

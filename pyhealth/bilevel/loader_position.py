@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ class LoaderPosition:
 
     Args:
         loader: the loader, which stays the caller's.
+        share: gives the part of a batch that is wanted, or None to leave it out.
 
     Attributes:
-        taken: batches given in the pass under way.
+        taken: batches of the pass under way that were given or left out.
 
     Examples:
         >>> loader = DataLoader(range(6), 2, shuffle=True)
@@ -39,8 +40,11 @@ class LoaderPosition:
         True
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(
+        self, loader: DataLoader, share: Callable[[Batch], Batch | None] | None = None
+    ) -> None:
         self.loader = loader
+        self.share = share
         self.taken = 0
         self._start: dict[str, object] | None = None
         self._resumed: Iterator[Batch] | None = None
@@ -53,7 +57,9 @@ class LoaderPosition:
             iterator = iter(self.loader)
         for batch in iterator:
             self.taken += 1
-            yield batch
+            batch = batch if self.share is None else self.share(batch)
+            if batch is not None:
+                yield batch
         self._start, self.taken = None, 0
 
     def endless(self) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..models.taskaug_policy import TaskAugPolicy
 from ..trainer import is_best
 from .checkpoint import CheckpointError
+from .distributed import Processes
 from .loader_position import (
     LoaderPosition,
     global_random_state,
@@ -35,7 +36,8 @@ class RunState:
         policy: the policy.
         optimizer: of the weights.
         outer: of the policy; None where it is not learned.
-        generator: of the policy's draws.
+        generator: of the policy's draws; each process has its own.
+        processes: that train together.
         seed: of the trainer.
         positions: the loaders by their part in the run.
         best: which epoch is best.
@@ -61,6 +63,7 @@ class RunState:
         optimizer: Optimizer,
         outer: PolicyOptimizer | None,
         generator: torch.Generator,
+        processes: Processes,
         seed: int,
         positions: Mapping[str, LoaderPosition],
         best: BestEpoch,
@@ -71,6 +74,7 @@ class RunState:
             self.parts["outer"] = outer
         self.outer = outer
         self.generator = generator
+        self.processes = processes
         self.seed = seed
         self.positions = dict(positions)
         self.best = best
@@ -82,12 +86,15 @@ class RunState:
         self.parts |= {"best": best, "log": self.log}
 
     def state_dict(self) -> dict[str, object]:
-        """Return everything that the rest of the run depends on."""
+        """Return everything that the rest of the run depends on.
+
+        To be called by all processes at once; that of the main one counts.
+        """
         return {
             "format": FORMAT,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "positions": {n: p.state_dict() for n, p in self.positions.items()},
-            "generator": self.generator.get_state(),
+            "generators": self.processes.all(self.generator.get_state()),
             "global": global_random_state(),
             "seed": self.seed,
             "history": self.history,
@@ -106,7 +113,7 @@ class RunState:
             part.load_state_dict(state[name])
         for name, position in self.positions.items():
             position.load_state_dict(state["positions"][name])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generators"][self.processes.index])
         set_global_random_state(state["global"])  # last: the loaders moved it
         self.history[:] = state["history"]
         self.epoch, self.steps = state["epoch"], state["steps"]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
 from .alignment import alignment_gradient
+from .distributed import Average
 from .hypergradient import METHODS, Method, Tensors, hypergradient
 from .inner_step import inner_step_of
 from .outer_loss import OUTER_LOSSES
@@ -103,6 +104,8 @@ class BiLevelStep:
         outer_loss: what the policy lowers: the "model"'s own loss, or a name of
             :data:`~pyhealth.bilevel.outer_loss.OUTER_LOSSES`.
         alignment_records: training records that "alignment" enumerates in a step.
+        average: over the processes that each take a part of a batch, see
+            :class:`~pyhealth.bilevel.distributed.Processes`; default one process.
 
     Attributes:
         finite: 0-dim tensor, whether the last step was taken.
@@ -129,6 +132,7 @@ class BiLevelStep:
         val_statistics: Literal["running", "batch"] = "running",
         outer_loss: str = "model",
         alignment_records: int = 16,
+        average: Average | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -143,6 +147,7 @@ class BiLevelStep:
         self.val_statistics = val_statistics
         self.outer_loss = outer_loss
         self.alignment_records = alignment_records
+        self.average = average
         self.finite = torch.tensor(True)
         # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
@@ -201,6 +206,8 @@ class BiLevelStep:
         else:
             cotangent = self._through_weights(batch, augmented, val_batch, seed)
             gradient = self._to_policy(augmented, cotangent)
+        of = val_batch if self.method == "darts" else batch
+        gradient = self._mean(gradient, self._records(of))
         for value in gradient.values():
             finite = finite & value.isfinite().all()
         self._take_if(finite, buffers)
@@ -209,13 +216,8 @@ class BiLevelStep:
 
     def _finite(self, loss: Tensor) -> Tensor:
         # One number tells it: where the norm overflows, so would Adam's squares.
-        gradients = [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        return (loss + torch.nn.utils.get_total_norm(gradients)).isfinite()
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        return (loss + norm).isfinite()
 
     def _take_if(self, finite: Tensor, buffers: Tensors) -> None:
         """Step the weights if all was finite; else put the buffers back."""
@@ -243,6 +245,7 @@ class BiLevelStep:
             moved = {**batch, self.input_key: hparams["x"]}
             return self._pure_output(params, moved, seed, training=True)["loss"]
 
+        records = {"train": self._records(batch), "val": self._records(val_batch)}
         settings: dict[str, object]
         if self.method == "one_step":
             settings = {
@@ -257,6 +260,7 @@ class BiLevelStep:
             self.params,
             {"x": augmented},
             method=self.method,
+            average=lambda tensors, of: self._mean(tensors, records[of]),
             **settings,
         )["x"]
 
@@ -270,10 +274,10 @@ class BiLevelStep:
         leaves = {name: w.detach().requires_grad_() for name, w in after.items()}
         loss = self._validation_loss(leaves, val_batch, seed)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-        direction = {
-            name: slope[name] * gradient
-            for name, gradient in zip(leaves, gradients, strict=True)
-        }
+        gradients = self._mean(
+            dict(zip(leaves, gradients, strict=True)), self._records(val_batch)
+        )
+        direction = {name: slope[name] * gradients[name] for name in leaves}
 
         def record_losses(params: Tensors, x: Tensor, labels: Tensor) -> Tensor:
             copies = _repeated(batch, self.alignment_records, len(x))
@@ -341,7 +345,35 @@ class BiLevelStep:
                 f"No gradient reaches {', '.join(unused)}: the model's loss does not "
                 "use it. Call requires_grad_(False) on it to leave it out."
             )
-        return loss.detach()
+        if self.average is None:
+            return loss.detach()
+        return self._average_in_place(loss.detach(), self._records(batch))
+
+    def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
+        """Average loss, gradients and running statistics over the processes."""
+        tensors = {f"grad {i}": g for i, g in enumerate(self._gradients())}
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                tensors[f"mean {name}"] = module.running_mean
+                tensors[f"var {name}"] = module.running_var
+        means = self._mean({"loss": loss, **tensors}, records)
+        for name, tensor in tensors.items():
+            tensor.copy_(means[name])
+        return means["loss"]
+
+    def _mean(self, tensors: Tensors, records: int) -> Tensors:
+        return tensors if self.average is None else self.average(tensors, records)
+
+    def _records(self, batch: Batch) -> int:
+        return len(batch[self.input_key])
+
+    def _gradients(self) -> list[Tensor]:
+        return [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
 
     def _pure_output(
         self, params: Tensors, batch: Batch, seed: int, *, training: bool

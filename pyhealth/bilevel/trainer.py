@@ -30,6 +30,7 @@ from .checks import (
     check_same_kind,
     expected_scores,
 )
+from .distributed import Processes, read_whole
 from .keeper import RunKeeper, settings_of_run
 from .loader_position import LoaderPosition
 from .outer import PolicyOptimizer
@@ -78,7 +79,8 @@ class BiLevelTrainer(Trainer):
             is given, any PyHealth model of one signal, ``input_key``.
         checkpoint_path: checkpoint to load.
         metrics: names of the validation scores, see PyHealth's metrics.
-        device: default CUDA if there is one.
+        device: default CUDA if there is one; in a launch of several processes "cpu", or
+            each process's own GPU.
         enable_logging: write a log, last.ckpt, best.ckpt and checkpoints/ to go on from
             below ``output_path``.
         output_path: default ``./output``.
@@ -128,17 +130,21 @@ class BiLevelTrainer(Trainer):
         self._seed_is_given = seed is not None
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        self.processes = Processes(device)
+        self.seed = self.processes.from_main(seed)
+        self._generator = torch.Generator().manual_seed(
+            self.seed + self.processes.index
+        )
         super().__init__(
             model,
             checkpoint_path,
             metrics,
-            device,
-            enable_logging,
+            self.processes.device,
+            enable_logging and self.processes.is_main,
             output_path,
             exp_name,
         )
+        self.exp_path = self.processes.from_main(self.exp_path)
         self.policy.to(self.device)
 
     def train(
@@ -248,11 +254,13 @@ class BiLevelTrainer(Trainer):
         scores = None if own_scores else expected_scores(self.model, self.metrics)
         check_monitor(scores, monitor, monitor_criterion, patience)
         check_loaders(training=train_dataloader, validation=val_dataloader)
-        keeper = RunKeeper(self.exp_path, resume, checkpoint_every)
+        for loader in (train_dataloader, val_dataloader, policy_dataloader):
+            read_whole(loader.dataset, self.processes)
+        keeper = RunKeeper(self.exp_path, resume, checkpoint_every, self.processes)
         settings = settings_of_run(
             self.model,
             self.policy,
-            arguments,
+            {**arguments, "processes": self.processes.count},
             self.seed if self._seed_is_given else None,
             {"training": train_dataloader, "validation": policy_dataloader},
         )
@@ -283,6 +291,7 @@ class BiLevelTrainer(Trainer):
             val_statistics=val_statistics,
             outer_loss=outer_loss,
             alignment_records=alignment_records,
+            average=self.processes.average if self.processes.count > 1 else None,
         )
         self.history = []
         run = RunState(
@@ -291,15 +300,18 @@ class BiLevelTrainer(Trainer):
             step.optimizer,
             PolicyOptimizer(self.policy, outer_lr, accumulate) if learns else None,
             self._generator,
+            self.processes,
             self.seed,
             {
-                "train": LoaderPosition(train_dataloader),
+                "train": LoaderPosition(train_dataloader, self._share),
                 "policy": self._policy_position(policy_dataloader),
                 "val": LoaderPosition(val_dataloader),
             },
             BestEpoch(monitor, monitor_criterion, patience),
             self.history,
         )
+        if saved is None and self.processes.count > 1:  # all begin as the main one
+            saved = self.processes.from_main(run.state_dict())
         if saved is not None:
             run.load_state_dict(saved)
         plan = _Plan(
@@ -312,11 +324,10 @@ class BiLevelTrainer(Trainer):
                 self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
                 with self._statistics(train_dataloader, reestimate_statistics):
                     self._evaluate_epoch(val_dataloader, run.best)
-                if on_epoch is not None:
+                if on_epoch is not None and self.processes.is_main:
                     on_epoch(self)
                 run.epoch += 1
-                keeper.write(run)  # last: what is not in it is done again
-                keeper.leave_if_asked()
+                keeper.after_epoch(run)  # last: what is not in it is done again
         self._judge_policy(run.outer)
         if run.best.exhausted:
             logger.info("Early stopping after epoch %d", run.epoch - 1)
@@ -390,6 +401,7 @@ class BiLevelTrainer(Trainer):
             position.batches(),
             desc=f"Epoch {epoch} / {plan.epochs}",
             total=len(position.loader),
+            disable=not self.processes.is_main,
             initial=position.taken,
             leave=False,
         )
@@ -449,16 +461,18 @@ class BiLevelTrainer(Trainer):
     def _evaluate_epoch(self, loader: DataLoader, best: BestEpoch) -> None:
         row = self.history[-1]
         scores = {name: float(v) for name, v in self.evaluate(loader).items()}
+        scores = self.processes.from_main(scores)  # all decide alike
         row.update(scores)
         shown = {"train_loss": row["train_loss"], **scores}
-        logger.info(
+        logger.log(
+            logging.INFO if self.processes.is_main else logging.DEBUG,
             "epoch %d: %s",
             row["epoch"],
             ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
         )
         if best.update(scores):
             best.state = (_cpu_state_dict(self.model), _cpu_state_dict(self.policy))
-        if self.exp_path is not None:
+        if self.exp_path is not None and self.processes.is_main:
             self.save_ckpt(os.path.join(self.exp_path, "last.ckpt"))
             if best.waited == 0:
                 self.save_ckpt(os.path.join(self.exp_path, "best.ckpt"))
@@ -466,6 +480,8 @@ class BiLevelTrainer(Trainer):
     def _judge_policy(self, outer: PolicyOptimizer | None) -> None:
         """Say whether the policy's direction can be told from chance."""
         self.policy_p_value = math.nan if outer is None else outer.p_value()
+        if not self.processes.is_main:
+            return
         if self.policy_p_value > NOTHING_LEARNED:
             logger.warning(
                 "THE POLICY CANNOT BE TOLD FROM ITS START: hypergradients of random "
@@ -493,7 +509,10 @@ class BiLevelTrainer(Trainer):
 
     def _policy_position(self, loader: DataLoader) -> LoaderPosition:
         """Return a loader of the policy's validation data, in an order of its own."""
-        return LoaderPosition(_view(loader, shuffle=True, seed=self.seed))
+        return LoaderPosition(_view(loader, shuffle=True, seed=self.seed), self._share)
+
+    def _share(self, batch: Batch) -> Batch | None:
+        return self.processes.share(batch, len(batch[self.input_key]))
 
     @contextmanager
     def _statistics(self, loader: DataLoader, reestimate: bool) -> Iterator[None]:
