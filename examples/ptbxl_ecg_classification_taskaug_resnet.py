@@ -64,6 +64,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_records", type=int, help="draw a cohort of this size; all records")
     add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
     add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
+    add("--policy_from", help="policy.json of another run, to use as it is")
+    add(
+        "--reestimate_statistics",
+        action="store_true",
+        help="evaluate with BatchNorm statistics of the clean training records",
+    )
     add("--output_dir", default="output/taskaug", help="where to write")
     add(
         "--resume",
@@ -82,6 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--device", help="cpu or cuda; the best there is")
     arguments = parser.parse_args(argv)
+    if arguments.policy_from and arguments.mode != "bilevel":
+        parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     for name, value in DEFAULTS["synthetic" if arguments.synthetic else "real"].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -140,8 +148,9 @@ def settings_of(arguments: argparse.Namespace):
     """Return the run's settings."""
     from pyhealth.bilevel.experiment import RunSettings
 
+    policy = "joint" if arguments.mode == "standard" else "learned"
     return RunSettings(
-        policy="joint" if arguments.mode == "standard" else "learned",
+        policy=arguments.policy_from or policy,
         policy_stages=arguments.policy_stages,
         base_width=arguments.base_width,
         epochs=arguments.epochs,
@@ -152,6 +161,7 @@ def settings_of(arguments: argparse.Namespace):
         warmup_epochs=arguments.warmup_epochs,
         seed=arguments.seed,
         device=arguments.device,
+        reestimate_statistics=arguments.reestimate_statistics,
     )
 
 

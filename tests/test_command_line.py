@@ -123,6 +123,49 @@ def test_history_and_policy_agree(finished):
     assert history.iloc[1]["probability/0/no_op"] != pytest.approx(1 / 8, abs=1e-4)
 
 
+def test_the_policy_says_where_it_is_from_and_what_it_gives_away(finished):
+    config = json.loads((finished / "config.json").read_text())
+    policy = TaskAugPolicy.load(finished / "policy.json")
+    assert policy.provenance["data_digest"] == config["data"]["digest"]
+    assert policy.provenance["task"] == "MI"
+    assert policy.provenance["seed"] == 0
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert 0.3 < metrics["leak_auroc"] < 1  # of a policy that has hardly moved
+
+
+def test_a_policy_is_carried_over_by_one_argument(finished, run, tmp_path, capsys):
+    learned = TaskAugPolicy.load(finished / "policy.json")
+    learned.sampling_rate = 250  # as if learned on other recordings
+    source = tmp_path / "mi.json"
+    learned.save(source)
+    assert run(tmp_path, f"--policy_from={source}", "--base_width=8") == 0
+    history = pd.read_csv(tmp_path / "history.csv")
+    columns = [name for name in history if name.startswith(("prob", "magnitude"))]
+    assert (history[columns].nunique() == 1).all()
+    used = TaskAugPolicy.load(tmp_path / "policy.json")
+    assert used.to_frame().equals(learned.to_frame())
+    assert used.provenance == learned.provenance
+    assert (learned.sampling_rate, used.sampling_rate) == (250, 100)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"]["policy"] == str(source)
+
+    assert run(tmp_path, "--policy_from=absent.json") == 2
+    assert "absent.json" in capsys.readouterr().err
+    assert run(tmp_path, "--policy_from=best.ckpt") == 2
+    assert "the path of a policy.json, got 'best.ckpt'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, f"--policy_from={source}", "--mode=ablation")
+    assert "--mode=ablation takes no --policy_from" in capsys.readouterr().err
+
+
+def test_statistics_are_estimated_again(finished, run, tmp_path):
+    arguments = ("--mode=bilevel", "--warmup_epochs=0", "--reestimate_statistics")
+    assert run(tmp_path, *arguments) == 0
+    plain, clean = (pd.read_csv(f / "history.csv") for f in (finished, tmp_path))
+    assert (plain["train_loss"] == clean["train_loss"]).all()
+    assert (plain["loss"] != clean["loss"]).all()
+
+
 def test_one_seed_repeats_a_run(finished, run, tmp_path):
     assert run(tmp_path, "--mode=bilevel", "--warmup_epochs=0") == 0
     for name in ("predictions.csv", "policy.json", "records.csv"):

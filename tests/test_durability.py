@@ -159,6 +159,9 @@ class Command:
         return sorted((self.folder / "run" / "checkpoints").iterdir())
 
 
+POLICY_FILES = ("best.ckpt.policy.json", "last.ckpt.policy.json")
+
+
 def result_of(trainer):
     """Return all that a run ends with, as one text."""
     states = [trainer.model.state_dict(), trainer.policy.state_dict()]
@@ -168,7 +171,7 @@ def result_of(trainer):
     ]
     files = [
         (Path(trainer.exp_path) / name).read_bytes()
-        for name in ("best.ckpt", "last.ckpt", "best.ckpt.policy", "last.ckpt.policy")
+        for name in ("best.ckpt", "last.ckpt", *POLICY_FILES)
     ]
     after = [torch.rand(1).item(), np.random.rand(), random.random()]
     return repr((weights, history, files, after))

@@ -95,7 +95,7 @@ def compare(
 
     Returns:
         One row a run: configuration, seed, n, positives, roc_auc, pr_auc, accuracy,
-        brier, val_roc_auc, best_epoch, seconds.
+        brier, val_roc_auc, leak_auroc, best_epoch, seconds.
 
     Examples:
         >>> compare(ablation(settings), [0, 1, 2], data, "out")  # doctest: +SKIP
@@ -134,7 +134,7 @@ def summary(table: pd.DataFrame) -> str:
     Examples:
         >>> row = {"configuration": "A", "seed": 0, "n": 9, "roc_auc": 0.7,
         ...        "pr_auc": 0.5, "accuracy": 0.8, "seconds": 1.0,
-        ...        "val_roc_auc": 0.7, "best_epoch": 0}
+        ...        "val_roc_auc": 0.7, "leak_auroc": 0.5, "best_epoch": 0}
         >>> print(summary(pd.DataFrame([row])))  # doctest: +ELLIPSIS
         configuration...
     """
@@ -151,6 +151,7 @@ def summary(table: pd.DataFrame) -> str:
                 "AUPRC": _spread(group["pr_auc"]),
                 "accuracy": _spread(group["accuracy"]),
                 f"AUROC - {first.split()[0]}": f"{difference.mean():+.3f}",
+                "leak AUROC": _spread(group["leak_auroc"]),
                 "best epoch": ", ".join(map(str, group["best_epoch"])),
                 "seconds": f"{group['seconds'].mean():.0f}",
             }
@@ -173,6 +174,7 @@ def _scores(folder: Path) -> dict[str, float]:
     return {
         **metrics["test"],
         "val_roc_auc": metrics["val"]["roc_auc"],
+        "leak_auroc": metrics["leak_auroc"],
         "best_epoch": metrics["best_epoch"],
         "seconds": metrics["seconds"],
     }
@@ -180,6 +182,8 @@ def _scores(folder: Path) -> dict[str, float]:
 
 def _spread(values: Iterable[float]) -> str:
     values = pd.Series(values, dtype=float)
+    if values.isna().all():  # no augmentation has no leak
+        return "-"
     deviation = values.std()
     spread = "" if math.isnan(deviation) else f" ± {deviation:.3f}"
     return f"{values.mean():.3f}{spread}"
