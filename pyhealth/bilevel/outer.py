@@ -11,12 +11,20 @@ from ..models.taskaug_policy import TaskAugPolicy
 
 __all__ = ["PolicyOptimizer", "signal_to_noise"]
 
+#: Adam's decays: means over about 10 hypergradients and 100 squares of them.
+OUTER_BETAS = (0.9, 0.99)
+
 #: Random sign patterns of the test whether a policy learned anything.
 SIGN_FLIPS = 999
 
 
 class PolicyOptimizer:
-    """RMSprop on the mean of several hypergradients.
+    """Adam on the mean of several hypergradients.
+
+    The authors take RMSprop, whose first step, without a correction for its empty
+    history, moves every parameter by ten times the learning rate, and the next ones by
+    nearly as much: with hypergradients that are mostly noise the policy would be thrown
+    about before it has learned anything.
 
     Args:
         policy: the policy to learn.
@@ -29,12 +37,14 @@ class PolicyOptimizer:
         >>> gradient = {n: torch.ones_like(p) for n, p in policy.named_parameters()}
         >>> outer.add(gradient, torch.tensor(True))
         >>> policy.logits.data
-        tensor([[-1.0000, -1.0000]])
+        tensor([[-0.1000, -0.1000]])
     """
 
     def __init__(self, policy: TaskAugPolicy, lr: float, accumulate: int) -> None:
         self.params = dict(policy.named_parameters())
-        self.optimizer = torch.optim.RMSprop(self.params.values(), lr=lr)
+        self.optimizer = torch.optim.Adam(
+            self.params.values(), lr=lr, betas=OUTER_BETAS
+        )
         self.accumulate = accumulate
         self.waiting: list[tuple[dict[str, Tensor], Tensor]] = []
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -114,19 +124,17 @@ class PolicyOptimizer:
     def _step_if(self, wanted: Tensor) -> None:
         # Taken and, if unwanted, taken back on the device itself: asking it first would
         # make it wait in every step, and these are some dozens of numbers.
-        state = self.optimizer.state
-        before = [
-            (p.detach().clone(), state[p]["square_avg"].clone() if state[p] else 0)
-            for p in self.params.values()
-        ]
+        before = {p: (p.detach().clone(), self._moments(p)) for p in self.params.values()}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for parameter, (value, square) in zip(
-            self.params.values(), before, strict=True
-        ):
+        for parameter, (value, moments) in before.items():
             parameter.data.copy_(torch.where(wanted, parameter.data, value))
-            moment = state[parameter]["square_avg"]
-            moment.copy_(torch.where(wanted, moment, square))
+            for name, moment in self.optimizer.state[parameter].items():
+                moment.copy_(torch.where(wanted, moment, moments.get(name, 0)))
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[parameter]
+        return {name: moment.clone() for name, moment in state.items()}
 
 
 def signal_to_noise(gradients: Tensor) -> float:

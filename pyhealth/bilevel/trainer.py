@@ -186,7 +186,7 @@ class BiLevelTrainer(Trainer):
             test_dataloader: evaluated once, at the end.
             epochs: passes over the training data.
             inner_lr: learning rate of the weights (Adam).
-            outer_lr: learning rate of the policy (RMSprop).
+            outer_lr: learning rate of the policy (Adam).
             warmup_epochs: first epochs without outer steps.
             hypergradient: "one_step", "neumann" or "darts", see
                 :func:`~pyhealth.bilevel.hypergradient.hypergradient`; None keeps the
