@@ -56,9 +56,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--outer_lr", type=float, default=1e-2, help="learning rate of the policy")
     add(
         "--hypergradient",
-        choices=("one_step", "neumann", "darts"),
+        choices=("one_step", "neumann", "darts", "alignment"),
         default="one_step",
         help="derivative of the validation loss in the policy",
+    )
+    add(
+        "--outer_loss",
+        choices=("model", "ranking", "calibrated"),
+        default="model",
+        help="what the policy lowers on the validation records",
     )
     add("--warmup_epochs", type=int, default=1, help="epochs before the policy moves")
     add("--n_records", type=int, help="draw a cohort of this size; all records")
@@ -158,6 +164,7 @@ def settings_of(arguments: argparse.Namespace):
         lr=arguments.lr,
         outer_lr=arguments.outer_lr,
         hypergradient=arguments.hypergradient,
+        outer_loss=arguments.outer_loss,
         warmup_epochs=arguments.warmup_epochs,
         seed=arguments.seed,
         device=arguments.device,

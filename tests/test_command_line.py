@@ -131,6 +131,7 @@ def test_the_policy_says_where_it_is_from_and_what_it_gives_away(finished):
     assert policy.provenance["seed"] == 0
     metrics = json.loads((finished / "metrics.json").read_text())
     assert 0.3 < metrics["leak_auroc"] < 1  # of a policy that has hardly moved
+    assert 0 < metrics["policy_p_value"] <= 1
 
 
 def test_a_policy_is_carried_over_by_one_argument(finished, run, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -65,6 +66,7 @@ class RunSettings:
         lr: learning rate of the weights.
         outer_lr: learning rate of the policy.
         hypergradient: how the policy's derivative is formed.
+        outer_loss: what the policy lowers: "model", "ranking" or "calibrated".
         warmup_epochs: first epochs without a step of the policy.
         seed: of initial weights, order of the records and the policy's draws.
         device: "cpu", "cuda" or None for the best there is.
@@ -88,6 +90,7 @@ class RunSettings:
     lr: float = 1e-3
     outer_lr: float = 1e-2
     hypergradient: OuterMethod = "one_step"
+    outer_loss: Literal["model", "ranking", "calibrated"] = "model"
     warmup_epochs: int = 1
     seed: int = 0
     device: str | None = None
@@ -261,6 +264,7 @@ def _write_results(
     metrics = {
         "best_epoch": best,
         "seconds": sum(row["seconds"] for row in trainer.history),
+        "policy_p_value": _number(trainer.policy_p_value),
         "leak_auroc": _leak(trainer.policy, data.val, settings.seed),
         "val": score(_predict(trainer, data.val, settings.batch_size)),
         "test": score(predictions),
@@ -347,6 +351,7 @@ def _train(
         outer_lr=settings.outer_lr,
         warmup_epochs=settings.warmup_epochs,
         hypergradient=settings.hypergradient if settings.policy == "learned" else None,
+        outer_loss=settings.outer_loss,
         on_epoch=lambda trainer: _write_table(
             folder / "history.csv", pd.DataFrame(trainer.history)
         ),
@@ -437,6 +442,11 @@ def _draw_ecg(policy: TaskAugPolicy, data: PreparedData, seed: int, path: Path) 
         titles=["recorded", "augmented: " + ", then ".join(drawn)],
         suptitle=f"ECG {row['ecg_id']}, {task.task_label} = 1",
     )
+
+
+def _number(value: float) -> float | None:
+    """Return None for nan, which JSON cannot say."""
+    return None if math.isnan(value) else value
 
 
 def _leak(policy: TaskAugPolicy, samples: SampleDataset, seed: int) -> float | None:

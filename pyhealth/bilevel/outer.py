@@ -124,7 +124,9 @@ class PolicyOptimizer:
     def _step_if(self, wanted: Tensor) -> None:
         # Taken and, if unwanted, taken back on the device itself: asking it first would
         # make it wait in every step, and these are some dozens of numbers.
-        before = {p: (p.detach().clone(), self._moments(p)) for p in self.params.values()}
+        before = {
+            p: (p.detach().clone(), self._moments(p)) for p in self.params.values()
+        }
         self.optimizer.step()
         self.optimizer.zero_grad()
         for parameter, (value, moments) in before.items():

@@ -21,7 +21,7 @@ type OuterLoss = Callable[[Tensor, Tensor], Tensor]
 
 #: Weights of the normal priors on slope and bias: without them a batch that the logits
 #: separate, or one of a single class, has no finite best fit.
-CALIBRATION_PRIORS = (1e-2, 1e-4)
+CALIBRATION_PRIORS = (1e-3, 1e-5)
 CALIBRATION_STEPS = 10
 
 
@@ -56,8 +56,9 @@ def ranking_loss(logit: Tensor, label: Tensor) -> Tensor:
 def calibrated_loss(logit: Tensor, label: Tensor) -> Tensor:
     """Return the cross-entropy after the best temperature and bias for this batch.
 
-    What is left is what a recalibration could not mend. Temperature and bias are fitted
-    by Newton's method and then held fixed: at the optimum their own derivative is zero.
+    What is left is what a recalibration could not mend. Temperature and bias, of the
+    standardised scores and with weak normal priors, are fitted by Newton's method and
+    then held fixed: at the optimum their own derivative is zero.
 
     Args:
         logit: scores (B, 1).
@@ -76,10 +77,15 @@ def calibrated_loss(logit: Tensor, label: Tensor) -> Tensor:
         >>> round(calibrated_loss(sure, label).item(), 2)  # the base rate's: log 2
         0.69
     """
-    slope, bias = _platt(logit.detach().double().flatten(), label.double().flatten())
-    return binary_cross_entropy_with_logits(
-        logit * slope.to(logit) + bias.to(logit), label.to(logit)
-    )
+    score, target = logit.flatten(), label.to(logit).flatten()
+    # The smallest spread is for scores that are all alike: no slope for rounding noise.
+    spread = score.var(correction=0).clamp_min(1e-12).sqrt()
+    score = (score - score.mean()) / spread
+    design = torch.stack([score, torch.ones_like(score)], dim=1)
+    prior = design.new_tensor(CALIBRATION_PRIORS)
+    beta = _fitted(design.detach(), target, prior)
+    fit = binary_cross_entropy_with_logits(design @ beta, target)
+    return fit + (prior * beta.square()).sum() / 2
 
 
 #: By name; "model" stands for the model's own loss and is not in here.
@@ -89,17 +95,15 @@ OUTER_LOSSES: Mapping[str, OuterLoss] = {
 }
 
 
-def _platt(score: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit slope and bias of a logistic regression on standardised scores."""
-    centre, spread = score.mean(), score.std(correction=0).clamp_min(1e-6)
-    design = torch.stack([(score - centre) / spread, torch.ones_like(score)], dim=1)
-    beta = torch.zeros(2, dtype=score.dtype, device=score.device)
-    prior = torch.diag(score.new_tensor(CALIBRATION_PRIORS))
+def _fitted(design: Tensor, target: Tensor, prior: Tensor) -> Tensor:
+    """Return the coefficients of a logistic regression with normal priors."""
+    wide, goal = design.double(), target.double()
+    prior = prior.double()
+    beta = torch.zeros_like(prior)
     for _ in range(CALIBRATION_STEPS):
-        probability = (design @ beta).sigmoid()
-        gradient = design.T @ (probability - label) / len(score) + prior @ beta
-        weight = probability * (1 - probability) / len(score)
-        hessian = design.T @ (weight[:, None] * design) + prior
+        probability = (wide @ beta).sigmoid()
+        gradient = wide.T @ (probability - goal) / len(goal) + prior * beta
+        weight = probability * (1 - probability) / len(goal)
+        hessian = wide.T @ (weight[:, None] * wide) + prior.diag()
         beta = beta - torch.linalg.solve(hessian, gradient)
-    slope = beta[0] / spread
-    return slope, beta[1] - slope * centre
+    return beta.to(design)
