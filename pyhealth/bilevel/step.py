@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
+from .functional import call_with
 from .hypergradient import Method, Tensors, hypergradient
 from .inner_step import inner_step_of
 
@@ -209,6 +209,7 @@ class BiLevelStep:
 
     def _to_policy(self, augmented: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         leaves = dict(self.policy.named_parameters())
+        cotangent = _without_undefined(cotangent)
         # Where every record drew no_op no magnitude took part, and its derivative is
         # zero; that is the only way in which a parameter can be unused here.
         gradients = torch.autograd.grad(
@@ -239,19 +240,14 @@ class BiLevelStep:
     def _pure_loss(
         self, params: Tensors, batch: Batch, x: Tensor, seed: int, *, training: bool
     ) -> Tensor:
-        # Copies take the running statistics that a training forward would update.
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         self.model.train(training)
         if not training and self.val_statistics == "batch":
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()  # only these: dropout stays off
         with _fixed_seed(seed):
-            output = functional_call(
-                self.model,
-                ({**params}, buffers),
-                kwargs={**batch, self.input_key: x},
-            )
+            # Copies of the buffers take what a training forward would update in them.
+            output = call_with(self.model, params, {**batch, self.input_key: x})
         self.model.train()
         return output["loss"]
 
@@ -261,6 +257,17 @@ class BiLevelStep:
 
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31, (), generator=self.generator).item())
+
+
+def _without_undefined(cotangent: Tensor) -> Tensor:
+    """Set single undefined derivatives in the signals to zero.
+
+    The modulus of a spectrum (PyHealth's ContraWR) has no derivative where a mask or a
+    flat lead leaves silence: torch gives nan there, and zero is a subgradient. Where
+    all is nan, the loss itself was; that stays, and is an error.
+    """
+    undefined = cotangent.isnan()
+    return torch.where(undefined & ~undefined.all(), 0, cotangent)
 
 
 @contextmanager
