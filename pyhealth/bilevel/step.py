@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
 from .alignment import alignment_gradient
 from .distributed import Average
+from .functional import call_with
 from .hypergradient import METHODS, Method, Tensors, hypergradient
 from .inner_step import inner_step_of
 from .outer_loss import OUTER_LOSSES
@@ -318,6 +318,7 @@ class BiLevelStep:
 
     def _to_policy(self, augmented: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         leaves = dict(self.policy.named_parameters())
+        cotangent = _without_undefined(cotangent)
         # Where every record drew no_op no magnitude took part, and its derivative is
         # zero; that is the only way in which a parameter can be unused here.
         gradients = torch.autograd.grad(
@@ -378,17 +379,14 @@ class BiLevelStep:
     def _pure_output(
         self, params: Tensors, batch: Batch, seed: int, *, training: bool
     ) -> dict[str, Tensor]:
-        # Copies take the running statistics that a training forward would update.
-        buffers = self._buffers()
         self.model.train(training)
         if not training and self.val_statistics == "batch":
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()  # only these: dropout stays off
         with _fixed_seed(seed):
-            output = functional_call(
-                self.model, ({**params}, buffers), kwargs={**batch}
-            )
+            # Copies of the buffers take what a training forward would update in them.
+            output = call_with(self.model, params, batch)
         self.model.train()
         return output
 
@@ -410,6 +408,18 @@ def _repeated(batch: Batch, records: int, count: int) -> dict[str, object]:
         else [value[index] for index in order]
         for key, value in batch.items()
     }
+
+
+def _without_undefined(cotangent: Tensor) -> Tensor:
+    """Set single undefined derivatives in the signals to zero.
+
+    The modulus of a spectrum (PyHealth's ContraWR) has no derivative where a mask or a
+    flat lead leaves silence: torch gives nan there, and zero is a subgradient. Where
+    most are nan, a loss or the weights' derivative was; that stays, and is not taken.
+    """
+    undefined = cotangent.isnan()
+    single = undefined.float().mean() < 0.5
+    return torch.where(undefined & single, 0, cotangent)
 
 
 @contextmanager
