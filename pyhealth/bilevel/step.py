@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -17,6 +18,9 @@ from .hypergradient import Method, Tensors, hypergradient
 from .inner_step import inner_step_of
 
 __all__ = ["Batch", "BiLevelStep", "classifier_parameters"]
+
+# Below PyHealth's trainer, whose log file then gets these lines too.
+logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
@@ -82,6 +86,10 @@ class BiLevelStep:
         neumann_lr: step of the series, "neumann" only.
         val_statistics: BatchNorm in the validation forward: "running" statistics, as at
             test time, or those of the "batch".
+        keep_graph: keep the graph of the inner step's gradient and differentiate it
+            again, which saves a third of an outer step; False forms the second
+            derivative anew, in less memory. A model that torch cannot differentiate
+            twice in reverse mode falls back to that.
 
     Examples:
         See :class:`~pyhealth.bilevel.trainer.BiLevelTrainer`, which drives it.
@@ -103,6 +111,7 @@ class BiLevelStep:
         neumann_terms: int = 1,
         neumann_lr: float | None = None,
         val_statistics: Literal["running", "batch"] = "running",
+        keep_graph: bool = True,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -115,6 +124,7 @@ class BiLevelStep:
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
+        self.keep_graph = keep_graph
 
     def inner(self, batch: Batch, joint: bool = False) -> Tensor:
         """Take one inner step.
@@ -130,7 +140,7 @@ class BiLevelStep:
         with torch.set_grad_enabled(joint):
             augmented = self.policy(x, labels, self.generator)
         self.optimizer.zero_grad()
-        loss = self._backward(batch, augmented, self._draw_seed())
+        loss, _ = self._backward(batch, augmented, self._draw_seed())
         self.optimizer.step()
         return loss
 
@@ -151,7 +161,9 @@ class BiLevelStep:
         augmented = self.policy.apply(x, labels, draw)
         seed = self._draw_seed()
         self.optimizer.zero_grad()
-        loss = self._backward(batch, augmented.detach(), seed)
+        keeps = self.method != "darts" and self.keep_graph
+        leaf = augmented.detach().requires_grad_(keeps)
+        loss, grads = self._backward(batch, leaf, seed, create_graph=keeps)
         if not loss.isfinite():
             raise ArithmeticError(
                 f"The training loss is {loss.item()}. Take a smaller inner_lr, and "
@@ -162,15 +174,36 @@ class BiLevelStep:
             cotangent = self._darts(val_batch, through)
         else:
             through = augmented
-            cotangent = self._through_weights(batch, augmented, val_batch, seed)
+            cotangent = self._through_weights(batch, leaf, grads, val_batch, seed)
         self.optimizer.step()
         return loss, self._to_policy(through, cotangent)
 
     def _through_weights(
-        self, batch: Batch, augmented: Tensor, val_batch: Batch, seed: int
+        self,
+        batch: Batch,
+        augmented: Tensor,
+        grads: Tensors,
+        val_batch: Batch,
+        seed: int,
     ) -> Tensor:
-        """Return the hypergradient of the augmented batch."""
+        """Return the hypergradient of the augmented batch.
 
+        The inner step's own graph is differentiated a second time. Where torch cannot
+        do that, now and later hypergradient() forms the derivative anew.
+        """
+        try:
+            return self._of_augmented(batch, augmented, grads, val_batch, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.keep_graph:
+                raise
+            self.keep_graph = False
+            logger.warning("No second backward pass through this model: %s", error)
+        grads = {name: gradient.detach() for name, gradient in grads.items()}
+        return self._of_augmented(batch, augmented.detach(), grads, val_batch, seed)
+
+    def _of_augmented(self, batch, augmented, grads, val_batch, seed) -> Tensor:
         def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
             return self._pure_loss(params, batch, hparams["x"], seed, training=True)
 
@@ -178,10 +211,14 @@ class BiLevelStep:
         if self.method == "one_step":
             settings = {
                 "inner_step": inner_step_of(self.optimizer, self.params),
-                "train_grads": {name: p.grad for name, p in self.params.items()},
+                "train_grads": grads,
             }
         else:
-            settings = {"lr": self.neumann_lr, "neumann_terms": self.neumann_terms}
+            settings = {
+                "lr": self.neumann_lr,
+                "neumann_terms": self.neumann_terms,
+                "train_grads": grads if self.keep_graph else None,
+            }
         return hypergradient(
             train_loss,
             lambda params: self._validation_loss(params, val_batch, seed),
@@ -223,18 +260,30 @@ class BiLevelStep:
         x = batch[self.input_key]
         return self._pure_loss(params, batch, x, seed, training=False)
 
-    def _backward(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
+    def _backward(
+        self, batch: Batch, x: Tensor, seed: int, create_graph: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Write ``.grad``; return the loss and the gradients, with graph if asked."""
         self.model.train()
         with _fixed_seed(seed):
             loss = self.model(**{**batch, self.input_key: x})["loss"]
-        loss.backward()
+        if create_graph:  # not backward(), which would tie .grad to the graph for good
+            weights = list(self.params.values())
+            grads = torch.autograd.grad(
+                loss, weights, create_graph=True, allow_unused=True
+            )
+            for weight, gradient in zip(weights, grads, strict=True):
+                weight.grad = None if gradient is None else gradient.detach()
+        else:
+            loss.backward()
+            grads = [parameter.grad for parameter in self.params.values()]
         unused = [name for name, p in self.params.items() if p.grad is None]
         if unused:
             raise ValueError(
                 f"No gradient reaches {', '.join(unused)}: the model's loss does not "
                 "use it. Call requires_grad_(False) on it to leave it out."
             )
-        return loss.detach()
+        return loss.detach(), dict(zip(self.params, grads, strict=True))
 
     def _pure_loss(
         self, params: Tensors, batch: Batch, x: Tensor, seed: int, *, training: bool
