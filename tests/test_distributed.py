@@ -415,7 +415,7 @@ def test_a_run_of_two_processes_goes_on_to_the_bit(train_set, val_set, tmp_path,
 
 
 def test_another_number_of_processes_is_refused(train_set, val_set, tmp_path):
-    launched(lambda index: run(tmp_path, train_set, val_set, epochs=1) and None)
+    launched(lambda index: run(tmp_path, train_set, val_set, epochs=2) and None)
     with pytest.raises(ValueError, match="argument processes 2, this one has 1"):
         run(tmp_path, train_set, val_set)
 

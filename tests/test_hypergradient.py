@@ -71,7 +71,7 @@ class Problem:
             self.net = _ResNet1D(
                 2, 1, base_width=4, kernel_size=3, stem_pool=False, blocks=(1, 1)
             )
-            self.net.stem[0] = nn.Conv1d(2, 4, 3, stride=2, padding=1, bias=bias)
+            self.net.stem[0] = nn.Conv2d(2, 4, (1, 3), (1, 2), (0, 1), bias=bias)
             if activation is not None:
                 self.net.stem[2] = activation()
         self.net.double()

@@ -8,6 +8,7 @@ the unperturbed step: that they too depend on the policy is not part of the defi
 
 from __future__ import annotations
 
+import logging
 import random
 from copy import deepcopy
 
@@ -282,10 +283,11 @@ def test_one_step_is_the_slope_for_a_regression_loss(smooth):
     assert_close(gradient, replay.differences(batch, val_batch, draws[0]))
 
 
-def test_dropout_has_one_mask_in_both_steps(dataset):
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_dropout_has_one_mask_in_both_steps(dataset, keep_graph):
     torch.manual_seed(0)
     model = SmoothNet(dataset, dropout=0.5)
-    step = step_of(model, policy_of())
+    step = step_of(model, policy_of(), keep_graph=keep_graph)
     replay, draws, masks = Replay(step), recorded(step.policy), []
 
     def keep(module, inputs, output):
@@ -297,7 +299,8 @@ def test_dropout_has_one_mask_in_both_steps(dataset):
 
     _, gradient = step.inner_and_outer(batch, val_batch)
 
-    assert len(masks) >= 2  # the weights' step and the mixed derivative
+    # One forward pass serves both derivatives, or each makes one of its own.
+    assert len(masks) == 1 if keep_graph else len(masks) >= 2
     assert all(mask.equal(masks[0]) for mask in masks)
     assert masks[0].unique().tolist() == [0, 2]
     replay.model.dropout = Mask(masks[0])
@@ -632,3 +635,74 @@ def assert_same(one, other):
             assert_same(one[key], other[key])
     else:
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["one_step", "neumann"])
+def test_keeping_the_graph_changes_nothing_but_the_cost(smooth, method):
+    lr = {"neumann_lr": 0.1, "neumann_terms": 2} if method == "neumann" else {}
+    results = []
+    for keep_graph in (True, False):
+        step = step_of(
+            deepcopy(smooth), policy_of(2), method=method, keep_graph=keep_graph, **lr
+        )
+        loss, gradient = step.inner_and_outer(batch_of(12, 0), batch_of(8, 1))
+        results.append((loss, gradient, step.params))
+
+    (loss, gradient, weights), (other_loss, other, other_weights) = results
+    assert loss.equal(other_loss)
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-12)
+        assert value.abs().max() > 1e-6
+    for name, weight in weights.items():
+        assert weight.equal(other_weights[name])
+
+
+class OnceOnly(torch.autograd.Function):
+    """tanh whose backward pass cannot be differentiated, while forward mode works."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.tanh()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return tangent / x.cosh().square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient / x.cosh().square()
+
+
+def test_a_model_that_cannot_be_differentiated_twice_backward_still_learns(
+    smooth,
+):
+    """The kept graph fails once; the derivative is formed anew, then and after."""
+
+    class Once(SmoothNet):
+        def forward(self, **kwargs):
+            hidden = OnceOnly.apply(self.norm(self.conv(kwargs["ecg"])))
+            logit = self.head(hidden.square().mean(dim=-1))
+            loss = self.get_loss_function()(logit, kwargs["label"])
+            return {"logit": logit, "loss": loss}
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("pyhealth.trainer.bilevel").addHandler(handler)
+    once = deepcopy(smooth)
+    once.__class__ = Once
+    expected = step_of(deepcopy(smooth), policy_of(2))
+    step = step_of(once, policy_of(2))
+    for seed in (0, 2):
+        _, gradient = step.inner_and_outer(batch_of(12, seed), batch_of(8, 1))
+        _, wanted = expected.inner_and_outer(batch_of(12, seed), batch_of(8, 1))
+        for name, value in gradient.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-8, atol=1e-12)
+
+    logging.getLogger("pyhealth.trainer.bilevel").removeHandler(handler)
+    assert len(told) == 1 and "only once in reverse mode" in told[0]

@@ -222,7 +222,7 @@ class TestParameters:
         assert 4.6e6 < count < 4.65e6
         kernels = {m.kernel_size for m in model.modules() if isinstance(m, nn.Conv1d)}
         assert kernels == {(15,), (1,)}  # 1: the shortcuts' projections
-        assert not any(isinstance(m, nn.MaxPool1d) for m in model.modules())
+        assert not any(isinstance(m, nn.MaxPool2d) for m in model.modules())
 
     def test_it_is_a_resnet_18(self, dataset):
         model = make_model(dataset, stem_kernel_size=15)
@@ -230,13 +230,14 @@ class TestParameters:
         assert convolutions[0].kernel_size == (15,)
         layers = [m for m in convolutions if m.kernel_size != (1,)]
         assert len(layers) + 1 == 18  # and the linear head
-        assert sum(isinstance(m, nn.MaxPool1d) for m in model.modules()) == 1
+        assert sum(isinstance(m, nn.MaxPool2d) for m in model.modules()) == 1
         assert all(m.bias is None for m in convolutions)
 
     def test_length_falls_by_32_from_stem_to_head(self, dataset):
         model = make_model(dataset)
-        hidden = model.backbone.blocks(model.backbone.stem(torch.zeros(2, LEADS, 320)))
-        assert hidden.shape == (2, 16, 10)
+        x = torch.zeros(2, LEADS, 1, 320)
+        hidden = model.backbone.blocks(model.backbone.stem(x))
+        assert hidden.shape == (2, 16, 1, 10)
 
     def test_policy_settings_are_passed_on(self, dataset):
         model = make_model(dataset, policy_stages=3, temperature=0.5, selection="batch")

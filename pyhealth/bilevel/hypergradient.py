@@ -8,7 +8,8 @@ The mixed derivative ``d/dphi <dL_train/dw, v>`` equals the directional derivati
 ``dL_train/dphi`` along v in w. It is computed that way, forward mode over reverse mode,
 which costs about two ordinary gradients and stores no second graph. A network with an
 operation that torch cannot differentiate so (SiLU, say) is differentiated twice in
-reverse mode, which gives the same numbers more slowly.
+reverse mode, which gives the same numbers more slowly. A caller who needs dL_train/dw
+anyway can keep its graph and hand it over: only the second backward pass is then left.
 
 A network of ReLUs is piecewise smooth: its derivative is exact where it exists and says
 nothing of the jumps of dL_train/dw at the kinks.
@@ -17,7 +18,7 @@ nothing of the jumps of dL_train/dw at the kinks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -81,11 +82,14 @@ def hypergradient(
             gradient descent with ``lr``. See
             :func:`~pyhealth.bilevel.inner_step.inner_step_of`.
         train_grads: dL_train/dw at (params, hparams) where the caller has it already;
-            ``one_step`` only, saves one gradient.
+            ``one_step`` only, unless it carries its graph (``create_graph=True``) from
+            the very tensors in ``params`` and ``hparams``: second derivatives then go
+            backward through that graph, which is freed. It is the cheapest way where
+            the memory allows it.
         average: takes the mean over several processes, whose losses are means of their
             own records, of what comes from the "val" or the "train" loss: the gradient
             g and Hessian products. Each process then gets its part of the result, whose
-            mean is the derivative. ``train_grads`` must be means already.
+            mean is the derivative. ``train_grads`` without graph must be means already.
 
     Returns:
         The derivative by name, like ``hparams``.
@@ -114,18 +118,29 @@ def hypergradient(
     """
     _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads)
     average = average or (lambda tensors, of: tensors)
+    graph = None
+    if _carry_graph(train_grads):
+        graph = _Graph(train_grads, params, hparams)
+        own = {name: value.detach() for name, value in train_grads.items()}
+        train_grads = average(own, "train")
     params = {name: value.detach() for name, value in params.items()}
     hparams = {name: value.detach() for name, value in hparams.items()}
+
+    def along(direction: Tensors, of: Literal["params", "hparams"]):
+        if graph is not None:
+            return graph.derivative_along(direction, of)
+        return _derivative_along(train_loss, params, hparams, direction, of)
+
     if method == "darts":
         return _gradient(lambda h: val_loss(params, h), hparams)
     if method == "neumann":
         gradient = average(_gradient(val_loss, params), "val")
-
-        def product(term: Tensors) -> dict[str, Tensor]:
-            own = _derivative_along(train_loss, params, hparams, term, of="params")
-            return average(own, "train")
-
-        vector = _neumann(product, gradient, lr, neumann_terms)
+        vector = _neumann(
+            lambda term: average(along(term, "params"), "train"),
+            gradient,
+            lr,
+            neumann_terms,
+        )
     else:
         if train_grads is None:
             own = _gradient(lambda p: train_loss(p, hparams), params)
@@ -134,17 +149,19 @@ def hypergradient(
         after, slope = step(params, train_grads)
         gradient = average(_gradient(val_loss, after), "val")
         vector = {name: slope[name] * gradient[name] for name in params}
-    mixed = _derivative_along(train_loss, params, hparams, vector, of="hparams")
+    mixed = along(vector, "hparams")
     return {name: -value for name, value in mixed.items()}
 
 
 def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads):
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}.")
+    has_graph = _carry_graph(train_grads)
     ignored = {
         "neumann_terms": method != "neumann" and neumann_terms != 1,
         "inner_step": method != "one_step" and inner_step is not None,
-        "train_grads": method != "one_step" and train_grads is not None,
+        "train_grads": train_grads is not None
+        and not (method == "one_step" or (method == "neumann" and has_graph)),
         "train_loss": method == "darts" and train_loss is not None,
         "lr": lr is not None and (method == "darts" or inner_step is not None),
     }
@@ -160,6 +177,10 @@ def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_gr
         raise ValueError(f"neumann_terms must be 0 or more, got {neumann_terms}.")
     if method != "darts" and lr is None and inner_step is None:
         raise ValueError(f"method {method!r} needs lr, the inner learning rate.")
+
+
+def _carry_graph(train_grads: Tensors | None) -> bool:
+    return any(gradient.requires_grad for gradient in (train_grads or {}).values())
 
 
 def _gradient(loss: Callable[[Tensors], Tensor], at: Tensors) -> dict[str, Tensor]:
@@ -241,6 +262,7 @@ def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
         value = loss(weights, others)
         wanted = weights if of == "params" else {**weights, **others}
         gradients = _named_gradient(value, wanted, create_graph=True)
+        _refuse_once_differentiable(gradients.values())
         product = sum((gradients[name] * direction[name]).sum() for name in weights)
     wanted = weights if of == "params" else others
     # Used, as was just seen; a gradient that does not bend has derivative zero.
@@ -252,6 +274,59 @@ def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
 
 def _leaves(tensors: Tensors) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in tensors.items()}
+
+
+class _Graph:
+    """The graph of dL_train/dw, kept by the caller for second derivatives."""
+
+    def __init__(self, train_grads: Tensors, params: Tensors, hparams: Tensors) -> None:
+        # A gradient that does not bend carries no graph and adds nothing.
+        self.train_grads = {n: g for n, g in train_grads.items() if g.requires_grad}
+        _refuse_once_differentiable(self.train_grads.values())
+        self.wanted = {"params": params, "hparams": hparams}
+
+    def derivative_along(
+        self, direction: Tensors, of: Literal["params", "hparams"]
+    ) -> dict[str, Tensor]:
+        """Return what :func:`_derivative_along` returns; "hparams" frees the graph."""
+        wanted = self.wanted[of]
+        derivatives = torch.autograd.grad(
+            list(self.train_grads.values()),
+            list(wanted.values()),
+            grad_outputs=[direction[name] for name in self.train_grads],
+            retain_graph=of == "params",
+            allow_unused=True,
+        )
+        result = dict(zip(wanted, derivatives, strict=True))
+        for name, derivative in result.items():
+            if derivative is None and of == "hparams":
+                raise ValueError(
+                    f"No gradient reaches {name}: the training gradients do not depend "
+                    "on it. Look for a detach() that cuts the graph."
+                )
+            if derivative is None:  # the loss is linear in this weight
+                result[name] = torch.zeros_like(wanted[name])
+        return result
+
+
+def _refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
+    """Raise where a part of the graph can be differentiated but once.
+
+    Torch marks that part by a node that raises when it is reached. The node has no
+    inputs, though, so a derivative in given tensors passes it by and is wrong.
+    """
+    waiting, seen = [tensor.grad_fn for tensor in tensors], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "The model holds an operation that torch can differentiate only once "
+                "in reverse mode (@once_differentiable)."
+            )
+        waiting += [following for following, _ in node.next_functions]
 
 
 def _neumann(hessian_product, gradient, lr, terms) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -31,6 +32,9 @@ __all__ = [
 #: :func:`~pyhealth.bilevel.alignment.alignment_gradient`, or by a :data:`Method`.
 type OuterMethod = Method | Literal["alignment"]
 OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
+
+# Below PyHealth's trainer, whose log file then gets these lines too.
+logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
@@ -106,6 +110,10 @@ class BiLevelStep:
         alignment_records: training records that "alignment" enumerates in a step.
         average: over the processes that each take a part of a batch, see
             :class:`~pyhealth.bilevel.distributed.Processes`; default one process.
+        keep_graph: keep the graph of the inner step's gradient and differentiate it
+            again, which saves a third of an outer step; False forms the second
+            derivative anew, in less memory. A model that torch cannot differentiate
+            twice in reverse mode falls back to that.
 
     Attributes:
         finite: 0-dim tensor, whether the last step was taken.
@@ -133,6 +141,7 @@ class BiLevelStep:
         outer_loss: str = "model",
         alignment_records: int = 16,
         average: Average | None = None,
+        keep_graph: bool = True,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -145,6 +154,7 @@ class BiLevelStep:
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
+        self.keep_graph = keep_graph
         self.outer_loss = outer_loss
         self.alignment_records = alignment_records
         self.average = average
@@ -169,7 +179,7 @@ class BiLevelStep:
             augmented = self.policy(x, labels, self.generator)
         self.optimizer.zero_grad()
         buffers = self._buffers()
-        loss = self._backward(batch, augmented, self._draw_seed())
+        loss, _ = self._backward(batch, augmented, self._draw_seed())
         self._take_if(self._finite(loss), buffers)
         return loss
 
@@ -192,8 +202,10 @@ class BiLevelStep:
             augmented = self.policy.apply(x, labels, draw)
         seed = self._draw_seed()
         self.optimizer.zero_grad()
+        keeps = exact and self.keep_graph
+        leaf = augmented.detach().requires_grad_(keeps)
         buffers = self._buffers()
-        loss = self._backward(batch, augmented.detach(), seed)
+        loss, grads = self._backward(batch, leaf, seed, create_graph=keeps)
         finite = self._finite(loss)
         if self._asks and not finite:
             self._take_if(finite, buffers)
@@ -204,7 +216,7 @@ class BiLevelStep:
             through = self._augmented_validation(val_batch)
             gradient = self._to_policy(through, self._darts(val_batch, through))
         else:
-            cotangent = self._through_weights(batch, augmented, val_batch, seed)
+            cotangent = self._through_weights(batch, leaf, grads, val_batch, seed)
             gradient = self._to_policy(augmented, cotangent)
         of = val_batch if self.method == "darts" else batch
         gradient = self._mean(gradient, self._records(of))
@@ -237,10 +249,31 @@ class BiLevelStep:
         return {n: torch.zeros_like(p) for n, p in self.policy.named_parameters()}
 
     def _through_weights(
-        self, batch: Batch, augmented: Tensor, val_batch: Batch, seed: int
+        self,
+        batch: Batch,
+        augmented: Tensor,
+        grads: Tensors,
+        val_batch: Batch,
+        seed: int,
     ) -> Tensor:
-        """Return the hypergradient of the augmented batch."""
+        """Return the hypergradient of the augmented batch.
 
+        The inner step's own graph is differentiated a second time. Where torch cannot
+        do that, now and later hypergradient() forms the derivative anew.
+        """
+        try:
+            return self._of_augmented(batch, augmented, grads, val_batch, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.keep_graph:
+                raise
+            self.keep_graph = False
+            logger.warning("No second backward pass through this model: %s", error)
+        grads = {name: weight.grad for name, weight in self.params.items()}
+        return self._of_augmented(batch, augmented.detach(), grads, val_batch, seed)
+
+    def _of_augmented(self, batch, augmented, grads, val_batch, seed) -> Tensor:
         def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
             moved = {**batch, self.input_key: hparams["x"]}
             return self._pure_output(params, moved, seed, training=True)["loss"]
@@ -250,10 +283,14 @@ class BiLevelStep:
         if self.method == "one_step":
             settings = {
                 "inner_step": inner_step_of(self.optimizer, self.params),
-                "train_grads": {name: p.grad for name, p in self.params.items()},
+                "train_grads": grads,
             }
         else:
-            settings = {"lr": self.neumann_lr, "neumann_terms": self.neumann_terms}
+            settings = {
+                "lr": self.neumann_lr,
+                "neumann_terms": self.neumann_terms,
+                "train_grads": grads if self.keep_graph else None,
+            }
         return hypergradient(
             train_loss,
             lambda params: self._validation_loss(params, val_batch, seed),
@@ -335,20 +372,34 @@ class BiLevelStep:
             return output["loss"]
         return OUTER_LOSSES[self.outer_loss](output["logit"], output["y_true"])
 
-    def _backward(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
+    def _backward(
+        self, batch: Batch, x: Tensor, seed: int, create_graph: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Write ``.grad``; return the loss and the gradients, with graph if asked."""
         self.model.train()
         with _fixed_seed(seed):
             loss = self.model(**{**batch, self.input_key: x})["loss"]
-        loss.backward()
+        if create_graph:  # not backward(), which would tie .grad to the graph for good
+            weights = list(self.params.values())
+            grads = torch.autograd.grad(
+                loss, weights, create_graph=True, allow_unused=True
+            )
+            for weight, gradient in zip(weights, grads, strict=True):
+                # A copy: several processes average it in place.
+                weight.grad = None if gradient is None else gradient.detach().clone()
+        else:
+            loss.backward()
+            grads = [parameter.grad for parameter in self.params.values()]
         unused = [name for name, p in self.params.items() if p.grad is None]
         if unused:
             raise ValueError(
                 f"No gradient reaches {', '.join(unused)}: the model's loss does not "
                 "use it. Call requires_grad_(False) on it to leave it out."
             )
+        grads = dict(zip(self.params, grads, strict=True))
         if self.average is None:
-            return loss.detach()
-        return self._average_in_place(loss.detach(), self._records(batch))
+            return loss.detach(), grads
+        return self._average_in_place(loss.detach(), self._records(batch)), grads
 
     def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
         """Average loss, gradients and running statistics over the processes."""
@@ -359,7 +410,9 @@ class BiLevelStep:
                 tensors[f"var {name}"] = module.running_var
         means = self._mean({"loss": loss, **tensors}, records)
         for name, tensor in tensors.items():
-            tensor.copy_(means[name])
+            # .data: a kept graph holds the running statistics, though it reads none of
+            # them in training, and would refuse to go backward after a visible change.
+            tensor.data.copy_(means[name])
         return means["loss"]
 
     def _mean(self, tensors: Tensors, records: int) -> Tensors:

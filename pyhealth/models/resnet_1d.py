@@ -1,0 +1,92 @@
+"""A 1-D ResNet-18 for ECGs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .temporal_convolution import TemporalConv, signal_layout
+
+
+class _ResNet1D(nn.Module):
+    """ResNet-18 (He et al. 2016) over time, leads as channels.
+
+    The signals go through it as (B, C, 1, T), which has faster convolutions than
+    (B, C, T); the ``state_dict`` is that of the same network of ``Conv1d`` and
+    ``BatchNorm1d``.
+
+    Args:
+        in_channels: number of leads.
+        num_outputs: number of logits.
+        base_width: channels of the first of the four stages.
+        kernel_size: odd length of the convolutions.
+        stem_kernel_size: odd length of the first convolution; default kernel_size.
+        stem_pool: whether a max-pool follows the first convolution.
+        blocks: residual blocks in each stage.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_outputs: int,
+        base_width: int = 64,
+        kernel_size: int = 7,
+        stem_kernel_size: int | None = None,
+        stem_pool: bool = True,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        stem_kernel_size = stem_kernel_size or kernel_size
+        for size in (kernel_size, stem_kernel_size):
+            if size < 1 or size % 2 == 0:
+                raise ValueError(f"A kernel must have an odd length, got {size}.")
+        stem = [
+            TemporalConv(in_channels, base_width, stem_kernel_size, stride=2),
+            nn.BatchNorm2d(base_width),
+            nn.ReLU(),
+        ]
+        if stem_pool:
+            stem.append(nn.MaxPool2d((1, 3), stride=(1, 2), padding=(0, 1)))
+        self.stem = nn.Sequential(*stem)
+        width, stages = base_width, []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                out = base_width * 2**stage
+                stride = 2 if stage and not block else 1
+                stages.append(_BasicBlock(width, out, kernel_size, stride))
+                width = out
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map signals (B, C, T) to logits (B, outputs)."""
+        x = x.unsqueeze(2).contiguous(memory_format=signal_layout())
+        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    """Two convolutions and a shortcut, which is projected where the shape changes."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int
+    ) -> None:
+        super().__init__()
+        # No bias: the batch normalisation behind it would subtract it again, and its
+        # gradient, rounding noise, would upset Adam's second moment.
+        self.conv1 = TemporalConv(in_channels, out_channels, kernel_size, stride)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = TemporalConv(out_channels, out_channels, kernel_size, stride=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = nn.Sequential(
+                TemporalConv(in_channels, out_channels, 1, stride),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.norm1(self.conv1(x)))
+        return self.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))

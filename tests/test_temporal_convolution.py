@@ -1,0 +1,129 @@
+"""The (1, k) convolution against torch's Conv1d: values, derivatives, state, memory."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from pyhealth.models.resnet_1d import _BasicBlock, _ResNet1D
+from pyhealth.models.temporal_convolution import TemporalConv, signal_layout
+
+
+@pytest.fixture(params=["AVX2", "AVX512"])
+def capability(request, monkeypatch):
+    """Either processor, since each has a memory layout of its own."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return request.param
+
+
+def conv1d_of(module):
+    """The same network of torch's own one-dimensional layers, built from scratch."""
+
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            for name, child in block.named_children():
+                setattr(self, name, conv1d_of(child))
+
+        def forward(self, x):
+            hidden = self.relu(self.norm1(self.conv1(x)))
+            return self.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+    if isinstance(module, TemporalConv):
+        sizes = module.in_channels, module.out_channels, module.kernel_size[0]
+        return nn.Conv1d(
+            *sizes, stride=module.stride[0], padding=sizes[2] // 2, bias=False
+        )
+    if isinstance(module, nn.BatchNorm2d):
+        return nn.BatchNorm1d(module.num_features)
+    if isinstance(module, nn.MaxPool2d):
+        return nn.MaxPool1d(3, stride=2, padding=1)
+    if isinstance(module, _BasicBlock):
+        return Block(module)
+    if isinstance(module, nn.Sequential):
+        return nn.Sequential(*(conv1d_of(child) for child in module))
+    return deepcopy(module)
+
+
+class Plain(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        for name in ("stem", "blocks", "head"):
+            setattr(self, name, conv1d_of(getattr(network, name)))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean(dim=-1))
+
+
+def test_network_equals_one_of_conv1d_and_loads_both_ways(capability):
+    torch.manual_seed(0)
+    network = _ResNet1D(12, 2, base_width=8, blocks=(1, 1))
+    plain = Plain(network)
+    plain.load_state_dict(network.state_dict())
+    other = _ResNet1D(12, 2, base_width=8, blocks=(1, 1))
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 12, 301)
+
+    for training in (True, False):  # the first also moves the running statistics
+        results = [model.train(training)(x) for model in (network, plain, other)]
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(results[2], results[1], rtol=1e-5, atol=1e-5)
+        for model, result in zip((network, plain), results, strict=False):
+            model.zero_grad()
+            result.square().sum().backward()
+    for (name, mine), theirs in zip(
+        network.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+def test_memory_layout_outlives_copying_loading_and_optimising(capability):
+    convolution = TemporalConv(6, 4, 3)
+
+    def in_layout(weight):
+        return weight.unsqueeze(2).is_contiguous(memory_format=signal_layout())
+
+    assert in_layout(convolution.weight)
+    copy = deepcopy(convolution)
+    copy.load_state_dict(nn.Conv1d(6, 4, 3, bias=False).state_dict())
+    optimizer = torch.optim.Adam(copy.parameters())
+    copy(torch.randn(2, 6, 1, 9)).sum().backward()
+    optimizer.step()
+
+    assert in_layout(copy.weight)
+    assert in_layout(optimizer.state[copy.weight]["exp_avg"])
+    assert in_layout(copy.double().weight)
+
+
+@pytest.mark.parametrize("stride, kernel, length", [(1, 3, 6), (2, 3, 7), (2, 1, 6)])
+def test_derivatives_of_first_and_second_order(capability, stride, kernel, length):
+    convolution = TemporalConv(2, 3, kernel, stride=stride).double()
+    x = torch.randn(2, 2, 1, length, dtype=torch.float64, requires_grad=True)
+    weight = convolution.weight.detach().clone().requires_grad_()
+
+    def convolve(x, weight):
+        return functional_call(convolution, {"weight": weight}, (x,))
+
+    assert gradcheck(convolve, (x, weight), check_forward_ad=True)
+    assert gradgradcheck(convolve, (x, weight), check_fwd_over_rev=True)
+
+
+def test_derivative_in_the_signal_forms_no_gradient_of_the_weights(capability):
+    """Three convolutions: the weights are given, so nobody needs their gradient."""
+    convolution = TemporalConv(2, 3, 3)
+    x = torch.randn(2, 2, 1, 8, requires_grad=True)
+    loss = convolution(x).square().sum()
+    (gradient,) = torch.autograd.grad(loss, convolution.weight, create_graph=True)
+
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(gradient, x, torch.ones_like(gradient))
+
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::convolution"] == 1  # of the signal with the direction
+    assert counts["aten::convolution_backward"] == 2  # to the signal, from each side
