@@ -20,6 +20,13 @@ from pathlib import Path
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 STEPS = ("truth", "direction", "result", "table")
+#: How the policy learns in "result".
+SETTINGS = {
+    "hypergradient": "alignment",
+    "outer_loss": "ranking",
+    "outer_every": 2,
+    "outer_lr": 0.03,
+}
 
 
 def main() -> None:
@@ -53,7 +60,8 @@ def main() -> None:
     else:
         from recovery_result import run_result
 
-        run_result(data, kept_plants(rows["truth"]), rows["result"], arguments.seeds)
+        plants = kept_plants(rows["truth"])
+        run_result(data, plants, rows["result"], arguments.seeds, **SETTINGS)
 
 
 def parse_arguments() -> argparse.Namespace:
