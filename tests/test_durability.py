@@ -159,6 +159,14 @@ class Command:
         return sorted((self.folder / "run" / "checkpoints").iterdir())
 
 
+@pytest.fixture(autouse=True)
+def _listens_to_ctrl_c():
+    """A shell's background job ignores Ctrl-C, and so would all of these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 POLICY_FILES = ("best.ckpt.policy.json", "last.ckpt.policy.json")
 
 
@@ -371,7 +379,7 @@ def test_handlers_are_put_back(command_in):
     before, during = [signal.getsignal(n) for n in numbers], []
     command_in("run")(
         before_forward=lambda: during.append([signal.getsignal(n) for n in numbers]),
-        epochs=1,
+        epochs=2,
     )
     assert [signal.getsignal(n) for n in numbers] == before
     assert all(mine != its for mine, its in zip(during[0], before, strict=True))
@@ -382,7 +390,7 @@ def test_an_ignored_signal_stays_ignored(command_in):
     try:
         command_in("run")(
             before_forward=at_call(3, lambda: signal.raise_signal(signal.SIGINT)),
-            epochs=1,
+            epochs=2,
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -400,7 +408,7 @@ def test_without_a_folder_signals_do_what_they_do(train_set, val_set):
     trainer.model.register_forward_pre_hook(
         lambda *_: during.append(signal.getsignal(signal.SIGINT))
     )
-    trainer.train(*pyhealth_loaders(train_set, val_set)(), epochs=1)
+    trainer.train(*pyhealth_loaders(train_set, val_set)(), epochs=2)
     assert set(during) == {handler}
 
 
@@ -409,7 +417,7 @@ def test_outside_the_main_thread_training_takes_no_handlers(command_in):
 
     def work():
         try:
-            command_in("run")(epochs=1)
+            command_in("run")(epochs=2)
         except Exception as error:
             errors.append(error)
 
@@ -465,13 +473,13 @@ def test_without_resume_a_run_starts_anew(command_in):
 
 def test_a_seed_that_was_drawn_is_kept(command_in):
     """Without a seed the trainer draws one, and the second process another."""
-    drawn = command_in("run")(seed=None, epochs=1).seed
+    drawn = command_in("run")(seed=None, epochs=2).seed
 
     def other_start(dataset, leads):
         torch.manual_seed(99)
         return Net(dataset, leads)
 
-    assert command_in("other")(seed=None, epochs=1, model=other_start).seed != drawn
+    assert command_in("other")(seed=None, epochs=2, model=other_start).seed != drawn
     assert command_in("run")(seed=None, epochs=2, model=other_start).seed == drawn
 
 
@@ -509,7 +517,7 @@ class Wider(Net):
 def test_a_run_with_other_settings_is_refused_before_anything_changes(
     command_in, settings, message
 ):
-    command_in("run")(epochs=1)
+    command_in("run")(epochs=2)
     command, before = command_in("run"), []
     files = [path.read_bytes() for path in command.checkpoints]
 
@@ -537,7 +545,7 @@ def test_a_run_with_other_settings_is_refused_before_anything_changes(
 def test_other_data_or_another_task_are_refused(
     command_in, val_set, tmp_path, other, message
 ):
-    command_in("run")(epochs=1)
+    command_in("run")(epochs=2)
     data = other()
     command = Command(tmp_path / "run", data, pyhealth_loaders(data, val_set))
     with pytest.raises(CheckpointError, match=message):
@@ -545,7 +553,7 @@ def test_other_data_or_another_task_are_refused(
 
 
 def test_a_checkpoint_of_another_layout_is_refused(command_in):
-    command_in("run")(epochs=1)
+    command_in("run")(epochs=2)
     path = command_in("run").checkpoints[-1]
     state = torch.load(path, weights_only=True)
     torch.save({**state, "format": 99}, path)
