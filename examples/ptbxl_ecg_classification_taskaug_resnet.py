@@ -70,6 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--base_width", type=int, help="width of the ResNet; 64, or 16 with --synthetic"
     )
     add("--device", help="cpu or cuda; the best there is")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
+    )
     arguments = parser.parse_args(argv)
     for name, value in DEFAULTS["synthetic" if arguments.synthetic else "real"].items():
         if getattr(arguments, name) is None:
@@ -139,6 +145,7 @@ def settings_of(arguments: argparse.Namespace):
         warmup_epochs=arguments.warmup_epochs,
         seed=arguments.seed,
         device=arguments.device,
+        precision=arguments.precision,
     )
 
 

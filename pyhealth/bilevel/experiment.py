@@ -62,6 +62,7 @@ class RunSettings:
         warmup_epochs: first epochs without a step of the policy.
         seed: of initial weights, order of the records and the policy's draws.
         device: "cpu", "cuda" or None for the best there is.
+        precision: "fp32", or "bf16" for the training's forward passes.
 
     Examples:
         >>> RunSettings(policy="none").describe()
@@ -80,6 +81,7 @@ class RunSettings:
     warmup_epochs: int = 1
     seed: int = 0
     device: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def describe(self) -> str:
         """Return the kind of augmentation in a few words."""
@@ -269,6 +271,7 @@ def _train(settings: RunSettings, data: PreparedData, folder: Path) -> BiLevelTr
         device=settings.device,
         enable_logging=False,
         seed=settings.seed,
+        precision=settings.precision,
     )
     trainer.train(
         _loader(data.train, settings, shuffle=True),

@@ -22,6 +22,8 @@ __all__ = ["Batch", "BiLevelStep", "classifier_parameters"]
 # Below PyHealth's trainer, whose log file then gets these lines too.
 logger = logging.getLogger("pyhealth.trainer.bilevel")
 
+PRECISIONS = ("fp32", "bf16")
+
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
 
@@ -90,6 +92,8 @@ class BiLevelStep:
             again, which saves a third of an outer step; False forms the second
             derivative anew, in less memory. A model that torch cannot differentiate
             twice in reverse mode falls back to that.
+        precision: "fp32", or "bf16" for the model's forward passes under
+            ``torch.autocast``; weights, gradients and the policy stay as they are.
 
     Examples:
         See :class:`~pyhealth.bilevel.trainer.BiLevelTrainer`, which drives it.
@@ -112,7 +116,12 @@ class BiLevelStep:
         neumann_lr: float | None = None,
         val_statistics: Literal["running", "batch"] = "running",
         keep_graph: bool = True,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {list(PRECISIONS)}, got {precision!r}."
+            )
         self.model = model
         self.policy = policy
         self.params = dict(params)
@@ -125,6 +134,7 @@ class BiLevelStep:
         self.neumann_lr = neumann_lr
         self.val_statistics = val_statistics
         self.keep_graph = keep_graph
+        self.precision = precision
 
     def inner(self, batch: Batch, joint: bool = False) -> Tensor:
         """Take one inner step.
@@ -265,7 +275,7 @@ class BiLevelStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Write ``.grad``; return the loss and the gradients, with graph if asked."""
         self.model.train()
-        with _fixed_seed(seed):
+        with _fixed_seed(seed), self._autocast():
             loss = self.model(**{**batch, self.input_key: x})["loss"]
         if create_graph:  # not backward(), which would tie .grad to the graph for good
             weights = list(self.params.values())
@@ -295,7 +305,7 @@ class BiLevelStep:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()  # only these: dropout stays off
-        with _fixed_seed(seed):
+        with _fixed_seed(seed), self._autocast():
             output = functional_call(
                 self.model,
                 ({**params}, buffers),
@@ -303,6 +313,15 @@ class BiLevelStep:
             )
         self.model.train()
         return output["loss"]
+
+    def _autocast(self) -> torch.autocast:
+        # Not cached: a cached cast of a weight would tie one derivative to another.
+        return torch.autocast(
+            self.policy.logits.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=False,
+        )
 
     def _signals(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.policy.logits.device

@@ -53,6 +53,9 @@ class BiLevelTrainer(Trainer):
         input_key: the signals' key in a batch.
         seed: of the policy's draws; one seed repeats a run to the bit on one machine,
             if the loaders are seeded too. Default: drawn from torch's generator.
+        precision: of the training's forward passes, "fp32" or "bf16" (autocast). bf16
+            is fast on GPUs and on CPUs with AMX or AVX512-BF16, and slow on others.
+            Evaluation is in float32.
 
     Raises:
         ValueError: if there is no policy.
@@ -79,6 +82,7 @@ class BiLevelTrainer(Trainer):
         policy: TaskAugPolicy | None = None,
         input_key: str = "ecg",
         seed: int | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         own = getattr(model, "policy", None)
         if policy is None and not isinstance(own, TaskAugPolicy):
@@ -87,6 +91,7 @@ class BiLevelTrainer(Trainer):
             )
         self.policy = own if policy is None else policy
         self.input_key = input_key
+        self.precision = precision
         self.history: list[dict[str, float]] = []
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
@@ -177,6 +182,7 @@ class BiLevelTrainer(Trainer):
             neumann_terms=neumann_terms,
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
+            precision=self.precision,
         )
         learns = hypergradient is not None and self.policy.num_stages > 0
         outer = _Outer(self.policy, outer_lr, accumulate) if learns else None
