@@ -35,6 +35,7 @@ class Conv1dResNet(nn.Module):
         self.head = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map signals (B, 12, T) to logits (B, 1)."""
         return self.head(self.blocks(self.stem(x)).mean(dim=-1))
 
 
@@ -67,6 +68,7 @@ class AuthorsDesign:
         self.rate, self.lr = rate, lr
 
     def augment(self, x: Tensor) -> Tensor:
+        """Compute every operation of each stage and keep one."""
         for logits, magnitudes in zip(self.logits, self.magnitudes, strict=True):
             values = torch.stack(
                 [
@@ -89,6 +91,7 @@ class AuthorsDesign:
         return x
 
     def loss(self, x: Tensor, label: Tensor) -> Tensor:
+        """Return the training loss."""
         return binary_cross_entropy_with_logits(self.network(x), label)
 
     def iteration(self, x: Tensor, label: Tensor, val_x: Tensor, val_label: Tensor):
