@@ -235,14 +235,15 @@ def peaks(batch: int) -> list[dict]:
 
 
 def peak(name: str, batch: int) -> float:
-    """Return the MiB by which one call raises this process's peak."""
+    """Return the MiB of this process's peak above what it held before (Linux)."""
     variants = Variants(batch)
     calls = {
         "plain": lambda: variants.plain("fp32"),
         "one_step": variants._timed(variants.step()),
         "jvp": variants._timed(variants.step(keep_graph=False)),
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize() / 1024
     calls[name]()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
