@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME
 export LITDATA_DISABLE_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv clean outdated
+.PHONY: help demo test lint bench venv clean outdated
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ test: $(STAMP) ## run every test with its coverage, then the style checks
 lint: $(STAMP) ## check style and layout with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: $(STAMP) ## time the steps of the training; result in benchmarks/results
+	$(PY) benchmarks/speed.py
 
 venv: $(STAMP) ## only make .venv (about 7 GB, minutes, once)
 

@@ -93,6 +93,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--base_width", type=int, help="width of the ResNet; 64, or 16 with --synthetic"
     )
     add("--device", help="cpu or cuda; the best there is")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
+    )
     arguments = parser.parse_args(argv)
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
@@ -169,6 +175,7 @@ def settings_of(arguments: argparse.Namespace):
         seed=arguments.seed,
         device=arguments.device,
         reestimate_statistics=arguments.reestimate_statistics,
+        precision=arguments.precision,
     )
 
 

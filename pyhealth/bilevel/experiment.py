@@ -72,6 +72,7 @@ class RunSettings:
         device: "cpu", "cuda" or None for the best there is.
         reestimate_statistics: evaluate with BatchNorm statistics of the clean training
             records.
+        precision: "fp32", or "bf16" for the training's forward passes.
 
     Raises:
         ValueError: if the policy is neither of these words nor a .json file.
@@ -95,6 +96,7 @@ class RunSettings:
     seed: int = 0
     device: str | None = None
     reestimate_statistics: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES and not self.policy_is_a_file:
@@ -339,6 +341,7 @@ def _train(
         device=settings.device,
         enable_logging=False,
         seed=settings.seed,
+        precision=settings.precision,
     )
     # Not by enable_logging: PyHealth's log file of one run of a comparison would go on
     # to take the lines of all later ones.

@@ -36,6 +36,8 @@ OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
 # Below PyHealth's trainer, whose log file then gets these lines too.
 logger = logging.getLogger("pyhealth.trainer.bilevel")
 
+PRECISIONS = ("fp32", "bf16")
+
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
 
@@ -114,6 +116,8 @@ class BiLevelStep:
             again, which saves a third of an outer step; False forms the second
             derivative anew, in less memory. A model that torch cannot differentiate
             twice in reverse mode falls back to that.
+        precision: "fp32", or "bf16" for the model's forward passes under
+            ``torch.autocast``; weights, gradients and the policy stay as they are.
 
     Attributes:
         finite: 0-dim tensor, whether the last step was taken.
@@ -142,7 +146,12 @@ class BiLevelStep:
         alignment_records: int = 16,
         average: Average | None = None,
         keep_graph: bool = True,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {list(PRECISIONS)}, got {precision!r}."
+            )
         self.model = model
         self.policy = policy
         self.params = dict(params)
@@ -163,6 +172,7 @@ class BiLevelStep:
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
         # nothing. The series of "neumann" asks for its norms in any case.
         self._asks = not optimizer.defaults.get("fused") or method == "neumann"
+        self.precision = precision
 
     def inner(self, batch: Batch, joint: bool = False) -> Tensor:
         """Take one inner step.
@@ -377,7 +387,7 @@ class BiLevelStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Write ``.grad``; return the loss and the gradients, with graph if asked."""
         self.model.train()
-        with _fixed_seed(seed):
+        with _fixed_seed(seed), self._autocast():
             loss = self.model(**{**batch, self.input_key: x})["loss"]
         if create_graph:  # not backward(), which would tie .grad to the graph for good
             weights = list(self.params.values())
@@ -437,11 +447,20 @@ class BiLevelStep:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()  # only these: dropout stays off
-        with _fixed_seed(seed):
+        with _fixed_seed(seed), self._autocast():
             # Copies of the buffers take what a training forward would update in them.
             output = call_with(self.model, params, batch)
         self.model.train()
         return output
+
+    def _autocast(self) -> torch.autocast:
+        # Not cached: a cached cast of a weight would tie one derivative to another.
+        return torch.autocast(
+            self.policy.logits.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=False,
+        )
 
     def _signals(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.policy.logits.device

@@ -89,6 +89,9 @@ class BiLevelTrainer(Trainer):
         input_key: the signals' key in a batch.
         seed: of the policy's draws; one seed repeats a run to the bit on one machine,
             if the loaders are seeded too. Default: drawn from torch's generator.
+        precision: of the training's forward passes, "fp32" or "bf16" (autocast). bf16
+            is fast on GPUs and on CPUs with AMX or AVX512-BF16, and slow on others.
+            Evaluation is in float32.
 
     Raises:
         ValueError: if there is no policy, or the policy's magnitudes are of two classes
@@ -116,6 +119,7 @@ class BiLevelTrainer(Trainer):
         policy: TaskAugPolicy | None = None,
         input_key: str = "ecg",
         seed: int | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         own = getattr(model, "policy", None)
         if policy is None and not isinstance(own, TaskAugPolicy):
@@ -125,6 +129,7 @@ class BiLevelTrainer(Trainer):
         self.policy = own if policy is None else policy
         check_label(model, self.policy)
         self.input_key = input_key
+        self.precision = precision
         self.history: list[dict[str, float]] = []
         self.policy_p_value = math.nan
         self._seed_is_given = seed is not None
@@ -260,7 +265,11 @@ class BiLevelTrainer(Trainer):
         settings = settings_of_run(
             self.model,
             self.policy,
-            {**arguments, "processes": self.processes.count},
+            {
+                **arguments,
+                "processes": self.processes.count,
+                "precision": self.precision,
+            },
             self.seed if self._seed_is_given else None,
             {"training": train_dataloader, "validation": policy_dataloader},
         )
@@ -292,6 +301,7 @@ class BiLevelTrainer(Trainer):
             outer_loss=outer_loss,
             alignment_records=alignment_records,
             average=self.processes.average if self.processes.count > 1 else None,
+            precision=self.precision,
         )
         self.history = []
         run = RunState(

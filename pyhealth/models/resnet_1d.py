@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .temporal_convolution import TemporalConv, signal_layout
@@ -43,7 +44,7 @@ class _ResNet1D(nn.Module):
                 raise ValueError(f"A kernel must have an odd length, got {size}.")
         stem = [
             TemporalConv(in_channels, base_width, stem_kernel_size, stride=2),
-            nn.BatchNorm2d(base_width),
+            _Norm(base_width),
             nn.ReLU(),
         ]
         if stem_pool:
@@ -65,6 +66,13 @@ class _ResNet1D(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
 
 
+class _Norm(nn.BatchNorm2d):
+    """BatchNorm in float32 at least: its second derivative cancels in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 class _BasicBlock(nn.Module):
     """Two convolutions and a shortcut, which is projected where the shape changes."""
 
@@ -75,16 +83,16 @@ class _BasicBlock(nn.Module):
         # No bias: the batch normalisation behind it would subtract it again, and its
         # gradient, rounding noise, would upset Adam's second moment.
         self.conv1 = TemporalConv(in_channels, out_channels, kernel_size, stride)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = _Norm(out_channels)
         self.conv2 = TemporalConv(out_channels, out_channels, kernel_size, stride=1)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = _Norm(out_channels)
         self.relu = nn.ReLU()
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         else:
             self.shortcut = nn.Sequential(
                 TemporalConv(in_channels, out_channels, 1, stride),
-                nn.BatchNorm2d(out_channels),
+                _Norm(out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:

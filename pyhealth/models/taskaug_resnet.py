@@ -144,7 +144,8 @@ class TaskAugResNet(BaseModel):
             label = label.to(self.device)
             if self.training and self.augment:
                 x = self._augmented(x, label)
-        logit = self.backbone(x)
+        # Not in half precision, in which a probability near 1 has no neighbours.
+        logit = self.backbone(x).to(torch.promote_types(x.dtype, torch.float32))
         result = {"logit": logit, "y_prob": self.prepare_y_prob(logit)}
         if label is not None:
             result["loss"] = self.get_loss_function()(logit, label)

@@ -74,7 +74,12 @@ class TemporalConv(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, 1, T) to (B, O, 1, T')."""
         geometry = (self.stride[0], self.padding[0], x.shape[-1])
-        return _Convolution.apply(x, self.weight.unsqueeze(2), geometry)
+        weight = self.weight.unsqueeze(2)
+        # Autocast's part, done here: it does not reach the derivatives' convolutions.
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return _Convolution.apply(x, weight, geometry)
 
 
 class _Bilinear(torch.autograd.Function):
