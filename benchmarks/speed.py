@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -242,10 +241,17 @@ def peak(name: str, batch: int) -> float:
         "one_step": variants._timed(variants.step()),
         "jvp": variants._timed(variants.step(keep_graph=False)),
     }
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize() / 1024
+    before = _memory("VmRSS")
     calls[name]()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _memory("VmHWM") - before
+
+
+def _memory(entry: str) -> float:
+    """Return an entry of this process's memory, MiB."""
+    # Not getrusage: a process begins with the peak of the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(entry))
+    return int(line.split()[1]) / 1024
 
 
 def machine() -> dict[str, object]:

@@ -209,16 +209,26 @@ def test_a_truncated_file_is_told(folder, share):
         read_checkpoint(path)
 
 
-def test_changed_bytes_are_told(folder):
+@pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
+@pytest.mark.parametrize("seed", range(20))
+def test_changed_bytes_are_told(folder, entry, seed):
     path = folder.write({"weights": torch.arange(1000)}, 1)
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
-        pickled = next(i for i in archive.infolist() if i.filename.endswith(".pkl"))
-    start = pickled.header_offset
-    content[start : start + 200] = os.urandom(200)
+        changed = next(i for i in archive.infolist() if i.filename.endswith(entry))
+    generator = random.Random(seed)
+    start = changed.header_offset + generator.randrange(200)
+    content[start : start + 200] = generator.randbytes(200)
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged|was refused"):
+    with pytest.raises(CheckpointError, match=r"^\S+step-00000001.ckpt is damaged.$"):
         read_checkpoint(path)
+
+
+def test_another_zip_is_no_checkpoint(tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("note.txt", "hello")
+    with pytest.raises(CheckpointError, match="no checkpoint of a bi-level run"):
+        read_checkpoint(tmp_path / "other.zip")
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):

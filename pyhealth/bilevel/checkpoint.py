@@ -185,6 +185,7 @@ def read_checkpoint(path: str | Path) -> dict[str, object]:
     # A zip's directory stands at its end, so a truncated file is none.
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is truncated or no checkpoint.")
+    _check_sums(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -192,11 +193,22 @@ def read_checkpoint(path: str | Path) -> dict[str, object]:
             f"{path} was refused: it holds more than data, and nothing of it was run. "
             "Use only checkpoints that this trainer wrote."
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged.") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is no checkpoint of a bi-level run.") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is no checkpoint of a bi-level run.")
     return state
+
+
+def _check_sums(path: str | Path) -> None:
+    # Before anything is unpickled: a changed pickle can raise anything, or load.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a changed header, too, can raise anything
+        raise CheckpointError(f"{path} is damaged.") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged.")
 
 
 def write_whole(path: str | Path, content: bytes | memoryview) -> None:
