@@ -833,13 +833,15 @@ def test_a_frozen_policy_needs_no_epochs_to_move(train_set, loaders):
     trainer_of(resnet(train_set, policy_stages=0)).train(*loaders, epochs=1)
 
 
-@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("position", [0, 1, 2])
 def test_an_empty_loader_is_refused(train_set, loaders, position):
-    empty = DataLoader([], batch_size=8)
-    given = [*loaders[:position], empty, *loaders[position + 1 :]]
-    name = ("training", "validation")[position]
+    given = [*loaders, None]
+    given[position] = DataLoader([], batch_size=8)
+    name = ("training", "validation", "policy")[position]
     with pytest.raises(ValueError, match=f"The {name} loader has no batch"):
-        trainer_of(tiny(train_set)).train(*given, epochs=2)
+        trainer_of(tiny(train_set)).train(
+            *given[:2], policy_dataloader=given[2], epochs=2
+        )
 
 
 def test_a_score_of_a_subclass_can_be_monitored(train_set, loaders):

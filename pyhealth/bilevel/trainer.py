@@ -194,7 +194,8 @@ class BiLevelTrainer(Trainer):
             outer_lr: learning rate of the policy (Adam).
             warmup_epochs: first epochs without outer steps.
             hypergradient: "one_step", "neumann" or "darts", see
-                :func:`~pyhealth.bilevel.hypergradient.hypergradient`; None keeps the
+                :func:`~pyhealth.bilevel.hypergradient.hypergradient`; "alignment", see
+                :func:`~pyhealth.bilevel.alignment.alignment_gradient`; None keeps the
                 policy as it is (or, if ``model.train_policy_jointly``, trains it on the
                 training loss, for comparison).
             neumann_terms: Hessian products of "neumann".
@@ -258,7 +259,11 @@ class BiLevelTrainer(Trainer):
         own_scores = type(self).evaluate is not Trainer.evaluate  # of a subclass
         scores = None if own_scores else expected_scores(self.model, self.metrics)
         check_monitor(scores, monitor, monitor_criterion, patience)
-        check_loaders(training=train_dataloader, validation=val_dataloader)
+        check_loaders(
+            training=train_dataloader,
+            validation=val_dataloader,
+            policy=policy_dataloader,
+        )
         for loader in (train_dataloader, val_dataloader, policy_dataloader):
             read_whole(loader.dataset, self.processes)
         keeper = RunKeeper(self.exp_path, resume, checkpoint_every, self.processes)
