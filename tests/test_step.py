@@ -18,6 +18,7 @@ import torch
 from pyhealth.models.base_model import BaseModel
 from torch import nn
 
+from pyhealth.bilevel.alignment import MAGNITUDE_STEP
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
@@ -759,3 +760,83 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
 def test_unknown_precision_is_an_error(smooth):
     with pytest.raises(ValueError, match=r"must be one of .*'bf16'.*, got 'fp8'"):
         step_of(smooth, policy_of(), precision="fp8")
+
+
+class Kinked(BaseModel):
+    """Two layers with ReLUs and no BatchNorm: every record is on its own."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.hidden = nn.Linear(LEADS * LENGTH, 8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, **kwargs):
+        logit = self.head(self.hidden(kwargs["ecg"].flatten(1)).relu())
+        label = kwargs["label"]
+        loss = self.get_loss_function()(logit, label)
+        return {"logit": logit, "loss": loss, "y_true": label}
+
+
+def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset):
+    """A real step for each operation of each record, on a network with kinks.
+
+    To first order in the step a record's operation moves the validation loss whatever
+    the others drew, so the expectation over all draws is the sum of one record's
+    effects. The step is so small that the second order is below the tolerance.
+    """
+    torch.manual_seed(0)
+    model, policy = Kinked(dataset).double(), policy_of(1, shared_magnitudes=True)
+    params = classifier_parameters(model, policy)
+    optimizer = torch.optim.SGD(params.values(), lr=1e-5)
+    step = BiLevelStep(
+        model,
+        policy,
+        params,
+        optimizer,
+        "ecg",
+        "label",
+        torch.Generator().manual_seed(0),
+        method="alignment",
+        alignment_records=4,
+    )
+    batch, val_batch = batch_of(4, seed=1), batch_of(9, seed=2)
+    draws, weights = recorded(policy), deepcopy(model.state_dict())
+    _, gradient = step.inner_and_outer(batch, val_batch)
+    noise = draws[-1].stages[0].noise
+
+    def effect(record, op, unbounded):
+        x = op.apply(
+            batch["ecg"],
+            (op.low + (op.high - op.low) * unbounded.sigmoid()).expand(4),
+            noise[op.name],
+            RATE,
+        )
+        chosen = {k: v[record : record + 1] for k, v in batch.items()}
+        chosen["ecg"] = x[record : record + 1].detach()
+        model.load_state_dict(weights)
+        optimizer.zero_grad()
+        (model(**chosen)["loss"] / 4).backward()
+        optimizer.step()
+        with torch.no_grad():
+            return model(**val_batch)["loss"].item()
+
+    shift = MAGNITUDE_STEP
+    effects = torch.tensor(
+        [
+            [
+                sum(effect(record, op, magnitude + sign) for record in range(4))
+                for op, magnitude in zip(
+                    policy.operations, policy.mag_neg[0], strict=True
+                )
+            ]
+            for sign in (-shift, shift)
+        ],
+        dtype=torch.float64,
+    )
+    probability = policy.probabilities()[0]
+    mean = effects.mean(dim=0)
+    of_logits = probability * (mean - probability @ mean)
+    of_magnitudes = probability * (effects[1] - effects[0]) / (2 * shift)
+    for name, expected in (("logits", of_logits), ("mag_neg", of_magnitudes)):
+        assert expected.norm() > 1e-8
+        torch.testing.assert_close(gradient[name][0], expected, rtol=1e-3, atol=1e-10)
