@@ -24,7 +24,7 @@ STEPS = ("truth", "direction", "result", "table")
 SETTINGS = {
     "hypergradient": "alignment",
     "outer_loss": "ranking",
-    "outer_every": 2,
+    "alignment_records": 32,
     "outer_lr": 0.03,
 }
 
@@ -60,8 +60,14 @@ def main() -> None:
     else:
         from recovery_result import run_result
 
-        plants = kept_plants(rows["truth"])
-        run_result(data, plants, rows["result"], arguments.seeds, **SETTINGS)
+        run_result(
+            data,
+            kept_plants(rows["truth"]),
+            rows["result"],
+            arguments.seeds,
+            arguments.configurations,
+            **SETTINGS,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,6 +75,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--data_root", help="folder of PTB-XL; an invented corpus")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument(
+        "--configurations",
+        nargs="+",
+        default=["learned", "sign-shuffled"],
+        help="of step result; two processes may share the work",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="benchmarks/results")
     parser.add_argument("--cache_dir", default=".cache/benchmarks")

@@ -64,12 +64,14 @@ class Part:
         ]
         return Part(torch.cat(pieces), self.label)
 
-    def loader(self, seed: int | None = None) -> DataLoader:
+    def loader(
+        self, seed: int | None = None, batch_size: int = BATCH_SIZE
+    ) -> DataLoader:
         """Return batches, shuffled if there is a seed."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return DataLoader(
             _Records(self),
-            BATCH_SIZE if seed is not None else 256,
+            batch_size if seed is not None else 256,
             shuffle=seed is not None,
             drop_last=seed is not None,
             generator=generator,

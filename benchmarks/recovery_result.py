@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from recovery_data import TEST_SEED, VAL_SEED, Cohort
@@ -17,6 +17,11 @@ from pyhealth.bilevel import BiLevelTrainer
 #: Learned as the trainer learns by default, and its control, whose hypergradients have
 #: random signs: what moves there moves by chance.
 CONFIGURATIONS = ("learned", "sign-shuffled")
+#: Training records a step that the control enumerates: fewer, because Adam takes the
+#: scale out of a hypergradient and the signs are random in any case.
+CONTROL_RECORDS = 4
+#: Planted validation records a step.
+POLICY_BATCH = 128
 
 
 def run_result(
@@ -24,6 +29,7 @@ def run_result(
     plants: Mapping[str, float],
     rows: Rows,
     seeds: int,
+    configurations: Sequence[str] = CONFIGURATIONS,
     epochs: int = EPOCHS,
     **settings,
 ) -> None:
@@ -34,6 +40,7 @@ def run_result(
         plants: magnitude by operation.
         rows: where the results go.
         seeds: runs of each.
+        configurations: of :data:`CONFIGURATIONS`.
         epochs: of a run.
         **settings: of ``BiLevelTrainer.train`` where they are not the default.
     """
@@ -41,7 +48,7 @@ def run_result(
         {"plant": f"{operation}/{magnitude:g}", "configuration": name, "seed": seed}
         for seed in range(seeds)
         for operation, magnitude in plants.items()
-        for name in CONFIGURATIONS
+        for name in configurations
     ]
     for job in tqdm([job for job in jobs if job not in rows], desc="result"):
         started, seed = time.perf_counter(), job["seed"]
@@ -53,16 +60,17 @@ def run_result(
         trainer = BiLevelTrainer(
             model, metrics=["roc_auc"], device="cpu", enable_logging=False, seed=seed
         )
-        shuffle = _Signs(seed) if job["configuration"] == "sign-shuffled" else None
+        control = job["configuration"] == "sign-shuffled"
+        used = settings | ({"alignment_records": CONTROL_RECORDS} if control else {})
         trainer.train(
             cohort.train.loader(seed),
             val.loader(),
-            policy_dataloader=val.loader(seed),
+            policy_dataloader=val.loader(seed, POLICY_BATCH),
             epochs=epochs,
             load_best_model_at_last=False,
             on_epoch=scores,
-            on_hypergradient=shuffle,
-            **settings,
+            on_hypergradient=_Signs(seed) if control else None,
+            **used,
         )
         policy = trainer.policy.to_frame()
         rows.append(
@@ -75,6 +83,7 @@ def run_result(
                 "magnitude": dict(
                     zip(policy["operation"], policy["magnitude_neg"], strict=True)
                 ),
+                "p_value": trainer.policy_p_value,
                 "snr": [row["hypergradient_snr"] for row in trainer.history],
                 "seconds": time.perf_counter() - started,
             }

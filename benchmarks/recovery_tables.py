@@ -55,14 +55,14 @@ def truth_table(rows: Iterable[Mapping]) -> pd.DataFrame:
 def kept_plants(rows: Iterable[Mapping]) -> dict[str, float]:
     """Return the strength of each operation's plant.
 
-    It is the one where the planted operation's gain over no augmentation is the most
-    standard errors; whether that is a margin says :func:`valid_plants`.
+    It is the one where the planted operation gains most over no augmentation; whether
+    that is a margin says :func:`valid_plants`.
     """
     table = truth_table(rows)
     kept = {}
     for operation, strengths in STRENGTHS.items():
-        scores = {m: table.loc[f"{operation}/{m:g}", "z"] for m in strengths}
-        kept[operation] = max(scores, key=scores.get)
+        gains = {m: table.loc[f"{operation}/{m:g}", "gain"] for m in strengths}
+        kept[operation] = max(gains, key=gains.get)
     return kept
 
 
