@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="records; 64, or 16 if quick")
     parser.add_argument("--rounds", type=int, help="measured rounds; 2, or 1 if quick")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--peak-of", choices=("plain", "one_step", "jvp"))
+    parser.add_argument("--peak-of", choices=("plain", "one_step", "lean", "pieces"))
     arguments = parser.parse_args()
     batch = arguments.batch or (16 if arguments.quick else 64)
     torch.set_num_threads(arguments.threads)
@@ -220,7 +220,7 @@ def ratios(table: list[tuple], batch: int, rounds: int) -> list[dict]:
 def peaks(batch: int) -> list[dict]:
     """Compare peak memory in processes of their own, above what starting takes."""
     size = {}
-    for name in ("plain", "one_step", "jvp"):
+    for name in ("plain", "one_step", "lean", "pieces"):
         command = [sys.executable, __file__, "--peak-of", name, "--batch", str(batch)]
         output = subprocess.run(command, capture_output=True, text=True, check=True)
         size[name] = float(output.stdout.split()[-1])
@@ -228,7 +228,8 @@ def peaks(batch: int) -> list[dict]:
         _row(f"peak memory: {label}", PEAK_TARGET, False, [size[name] / size["plain"]])
         for name, label in (
             ("one_step", "outer step / plain"),
-            ("jvp", "the same, keep_graph=False"),
+            ("lean", "the same, keep_graph=False"),
+            ("pieces", "the same, keep_graph=False, micro_batch=2"),
         )
     ]
 
@@ -239,7 +240,8 @@ def peak(name: str, batch: int) -> float:
     calls = {
         "plain": lambda: variants.plain("fp32"),
         "one_step": variants._timed(variants.step()),
-        "jvp": variants._timed(variants.step(keep_graph=False)),
+        "lean": variants._timed(variants.step(keep_graph=False)),
+        "pieces": variants._timed(variants.step(keep_graph=False, micro_batch=2)),
     }
     before = _memory("VmRSS")
     calls[name]()

@@ -460,8 +460,8 @@ def test_policy_never_sees_the_validation_batch(resnet, method):
     step.inner_and_outer(batch, val_batch)
 
     assert shapes == [batch["ecg"].shape]
-    (x,) = signals
-    assert x.equal(batch["ecg"])
+    assert signals
+    assert all(x.equal(batch["ecg"]) for x in signals)
 
 
 def test_darts_does_augment_the_validation_batch(smooth):
@@ -840,3 +840,55 @@ def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset):
     for name, expected in (("logits", of_logits), ("mag_neg", of_magnitudes)):
         assert expected.norm() > 1e-8
         torch.testing.assert_close(gradient[name][0], expected, rtol=1e-3, atol=1e-10)
+
+
+# Work in pieces
+
+
+@pytest.mark.parametrize("outer_loss", ["model", "ranking", "calibrated"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [SmoothNet, Kinked])
+def test_pieces_give_the_numbers_of_the_whole_batch(dataset, kind, method, outer_loss):
+    """With BatchNorm only the validation part is cut, without it both parts are."""
+    torch.manual_seed(0)
+    model, policy = kind(dataset), policy_of()
+    batch, val_batch = batch_of(12, seed=0), batch_of(9, seed=1)
+    settings = {"method": method, "outer_loss": outer_loss, "neumann_lr": 0.01}
+    seen = {}
+    for micro_batch in (None, 4):
+        step = step_of(
+            deepcopy(model), deepcopy(policy), micro_batch=micro_batch, **settings
+        )
+        sizes = []
+        step.model.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(len(kwargs["ecg"])),
+            with_kwargs=True,
+        )
+        loss, gradient = step.inner_and_outer(batch, val_batch)
+        seen[micro_batch] = {
+            "loss": loss,
+            **gradient,
+            **{name: p.detach() for name, p in step.params.items()},
+        }
+        largest = 12 if micro_batch is None or kind is SmoothNet else 4
+        assert max(sizes) == largest
+        assert (9 in sizes) == (micro_batch is None)
+    assert seen[None]["logits"].norm() > 1e-6
+    for name, value in seen[None].items():
+        torch.testing.assert_close(seen[4][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_active_dropout_keeps_a_training_batch_whole(dataset):
+    model, sizes = SmoothNet(dataset, dropout=0.5), []
+    model.norm = nn.Identity()
+    step = step_of(model, policy_of(), micro_batch=4)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["ecg"])), with_kwargs=True
+    )
+    step.inner(batch_of(12, seed=0))
+    assert sizes[-1] == 12
+
+
+def test_pieces_without_a_record_are_refused(dataset):
+    with pytest.raises(ValueError, match="micro_batch must be 1 or more, got 0"):
+        step_of(SmoothNet(dataset), policy_of(), warmup=0, micro_batch=0)

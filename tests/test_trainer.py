@@ -1105,6 +1105,26 @@ def test_other_outer_losses_give_another_hypergradient(
     assert not torch.allclose(first, other, rtol=1e-2)
 
 
+@pytest.mark.parametrize("method", ["one_step", "alignment"])
+def test_training_in_pieces_ends_where_whole_batches_do(train_set, loaders, method):
+    histories = []
+    for micro_batch in (None, 5):
+        trainer = trainer_of(resnet(train_set))
+        trainer.train(
+            get_dataloader(train_set, 8, shuffle=True, seed=0),
+            loaders[1],
+            epochs=1,
+            warmup_epochs=0,
+            hypergradient=method,
+            outer_loss="ranking",
+            micro_batch=micro_batch,
+        )
+        histories.append(trainer.history[0])
+    for name, value in histories[0].items():
+        if name != "seconds":
+            assert histories[1][name] == pytest.approx(value, 1e-3, nan_ok=True), name
+
+
 # It learns
 
 

@@ -18,14 +18,22 @@ nothing of the jumps of dL_train/dw at the kinks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["METHODS", "InnerStep", "Method", "Tensors", "hypergradient"]
+__all__ = [
+    "METHODS",
+    "InnerStep",
+    "Method",
+    "Tensors",
+    "TrainLoss",
+    "gradient_of",
+    "hypergradient",
+]
 
 type Tensors = Mapping[str, Tensor]
 #: ``inner_step(params, grads)`` -> (params after the step, its elementwise derivative
@@ -33,6 +41,7 @@ type Tensors = Mapping[str, Tensor]
 type InnerStep = Callable[
     [Tensors, Tensors], tuple[dict[str, Tensor], dict[str, Tensor]]
 ]
+type TrainLoss = Callable[[Tensors, Tensors], Tensor]
 type Method = Literal["one_step", "neumann", "darts"]
 METHODS: tuple[str, ...] = ("one_step", "neumann", "darts")
 
@@ -41,8 +50,8 @@ DIVERGENCE_RATIO = 100.0
 
 
 def hypergradient(
-    train_loss: Callable[[Tensors, Tensors], Tensor] | None,
-    val_loss: Callable[..., Tensor],
+    train_loss: TrainLoss | Sequence[TrainLoss] | None,
+    val_loss: Callable[..., Tensor] | None,
     params: Tensors,
     hparams: Tensors,
     lr: float | None = None,
@@ -51,6 +60,8 @@ def hypergradient(
     inner_step: InnerStep | None = None,
     train_grads: Tensors | None = None,
     average: Callable[[Tensors, Literal["train", "val"]], Tensors] | None = None,
+    val_gradient: Callable[[Tensors], Tensors] | None = None,
+    first_try: Literal["forward", "reverse"] = "forward",
 ) -> dict[str, Tensor]:
     """Return the derivative of the validation loss in the hyper-parameters.
 
@@ -68,8 +79,9 @@ def hypergradient(
       class-specific magnitudes it rewards writing the label into the signal.
 
     Args:
-        train_loss: ``train_loss(params, hparams)`` -> scalar; deterministic. ``darts``
-            takes None.
+        train_loss: ``train_loss(params, hparams)`` -> scalar; deterministic. Several
+            of them are summed, and differentiated one after the other, so that one
+            graph at a time is held. ``darts`` takes None.
         val_loss: ``val_loss(params)`` -> scalar; ``val_loss(params, hparams)`` for
             ``darts``.
         params: trainable weights w by name.
@@ -90,6 +102,11 @@ def hypergradient(
             own records, of what comes from the "val" or the "train" loss: the gradient
             g and Hessian products. Each process then gets its part of the result, whose
             mean is the derivative. ``train_grads`` without graph must be means already.
+        val_gradient: ``val_gradient(params)`` -> dL_val/dw by name, where the caller
+            has a leaner way to it; ``val_loss`` is then None. Not for ``darts``.
+        first_try: how second derivatives are formed, if torch can for all operations:
+            "forward" over reverse, the fewest convolutions of torch's own, or
+            "reverse" twice, which holds less at a time.
 
     Returns:
         The derivative by name, like ``hparams``.
@@ -117,6 +134,9 @@ def hypergradient(
         {'phi': tensor([0.1200])}
     """
     _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads)
+    _check_validation(method, val_loss, val_gradient)
+    losses = train_loss if isinstance(train_loss, Sequence) else [train_loss]
+    val_gradient = val_gradient or (lambda at: gradient_of([val_loss], at))
     average = average or (lambda tensors, of: tensors)
     graph = None
     if _carry_graph(train_grads):
@@ -129,12 +149,15 @@ def hypergradient(
     def along(direction: Tensors, of: Literal["params", "hparams"]):
         if graph is not None:
             return graph.derivative_along(direction, of)
-        return _derivative_along(train_loss, params, hparams, direction, of)
+        return _sum(
+            _derivative_along(loss, params, hparams, direction, of, first_try)
+            for loss in losses
+        )
 
     if method == "darts":
-        return _gradient(lambda h: val_loss(params, h), hparams)
+        return gradient_of([lambda h: val_loss(params, h)], hparams)
     if method == "neumann":
-        gradient = average(_gradient(val_loss, params), "val")
+        gradient = average(val_gradient(params), "val")
         vector = _neumann(
             lambda term: average(along(term, "params"), "train"),
             gradient,
@@ -143,12 +166,15 @@ def hypergradient(
         )
     else:
         if train_grads is None:
-            own = _gradient(lambda p: train_loss(p, hparams), params)
+            own = gradient_of(
+                [lambda p, loss=loss: loss(p, hparams) for loss in losses], params
+            )
             train_grads = average(own, "train")
         step = inner_step or _gradient_descent(lr)
         after, slope = step(params, train_grads)
-        gradient = average(_gradient(val_loss, after), "val")
+        gradient = average(val_gradient(after), "val")
         vector = {name: slope[name] * gradient[name] for name in params}
+        del after, slope, gradient  # as large as the weights; the peak is yet to come
     mixed = along(vector, "hparams")
     return {name: -value for name, value in mixed.items()}
 
@@ -179,15 +205,39 @@ def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_gr
         raise ValueError(f"method {method!r} needs lr, the inner learning rate.")
 
 
+def _check_validation(method, val_loss, val_gradient) -> None:
+    if (val_loss is None) == (val_gradient is None):
+        raise ValueError("Give val_loss or val_gradient, one of the two.")
+    if method == "darts" and val_gradient is not None:
+        raise ValueError("method 'darts' ignores val_gradient; give val_loss.")
+
+
 def _carry_graph(train_grads: Tensors | None) -> bool:
     return any(gradient.requires_grad for gradient in (train_grads or {}).values())
 
 
-def _gradient(loss: Callable[[Tensors], Tensor], at: Tensors) -> dict[str, Tensor]:
-    """Return the gradient of a scalar; a tensor that gets none is an error."""
+def gradient_of(
+    losses: Iterable[Callable[[Tensors], Tensor]], at: Tensors
+) -> dict[str, Tensor]:
+    """Return the gradient of a sum of scalars, with one graph at a time.
+
+    Args:
+        losses: functions of ``at``; each is called once.
+        at: tensors by name, left as they are.
+
+    Returns:
+        The gradient by name.
+
+    Raises:
+        ValueError: if a loss does not use one of the tensors.
+
+    Examples:
+        >>> gradient_of([lambda p: p["w"], lambda p: 2 * p["w"]], {"w": torch.ones(())})
+        {'w': tensor(3.)}
+    """
     leaves = _leaves(at)
     with torch.enable_grad():
-        return _named_gradient(loss(leaves), leaves)
+        return _sum(_named_gradient(loss(leaves), leaves) for loss in losses)
 
 
 def _named_gradient(
@@ -217,18 +267,21 @@ def _derivative_along(
     hparams: Tensors,
     direction: Tensors,
     of: Literal["params", "hparams"],
+    first_try: Literal["forward", "reverse"],
 ) -> dict[str, Tensor]:
     """Return d/de of the gradient of loss(params + e direction, hparams) at e = 0.
 
     The gradient is the one in ``params`` (a Hessian product) or in ``hparams`` (the
     mixed derivative).
     """
+    ways = [_forward_over_reverse, _reverse_over_reverse]
+    first, second = ways if first_try == "forward" else reversed(ways)
     try:
-        return _forward_over_reverse(loss, params, hparams, direction, of)
+        return first(loss, params, hparams, direction, of)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # torch has no forward mode for some operation
-        return _reverse_over_reverse(loss, params, hparams, direction, of)
+    except RuntimeError:  # torch cannot go that way through some operation
+        return second(loss, params, hparams, direction, of)
 
 
 def _forward_over_reverse(loss, params, hparams, direction, of) -> dict[str, Tensor]:
@@ -263,13 +316,31 @@ def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
         wanted = weights if of == "params" else {**weights, **others}
         gradients = _named_gradient(value, wanted, create_graph=True)
         _refuse_once_differentiable(gradients.values())
-        product = sum((gradients[name] * direction[name]).sum() for name in weights)
     wanted = weights if of == "params" else others
+    bending = [name for name in weights if gradients[name].requires_grad]
+    if not bending:
+        return {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
+    edges = [torch.autograd.graph.get_gradient_edge(gradients[n]) for n in bending]
+    del value, gradients  # their graph is enough
     # Used, as was just seen; a gradient that does not bend has derivative zero.
     derivatives = torch.autograd.grad(
-        product, list(wanted.values()), allow_unused=True, materialize_grads=True
+        edges,
+        list(wanted.values()),
+        grad_outputs=[direction[name] for name in bending],
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(wanted, derivatives, strict=True))
+
+
+def _sum(terms: Iterable[Tensors]) -> dict[str, Tensor]:
+    terms = iter(terms)
+    total = dict(next(terms))
+    for term in terms:
+        for name in total:
+            total[name] = total[name] + term[name]
+        del term  # as large as the weights, and not needed beside the next one
+    return total
 
 
 def _leaves(tensors: Tensors) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,8 +17,9 @@ from ..models.taskaug_policy import TaskAugPolicy
 from .alignment import alignment_gradient
 from .distributed import Average
 from .functional import call_with
-from .hypergradient import METHODS, Method, Tensors, hypergradient
+from .hypergradient import METHODS, Method, Tensors, gradient_of, hypergradient
 from .inner_step import inner_step_of
+from .micro_batch import Piece, pieces_of, records_are_independent
 from .outer_loss import OUTER_LOSSES
 
 __all__ = [
@@ -37,6 +39,9 @@ OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
 logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 PRECISIONS = ("fp32", "bf16")
+
+#: What a piece of a batch adds to the outer loss, of the model's output.
+type OuterPart = Callable[[Mapping[str, Tensor]], Tensor]
 
 #: A batch as PyHealth's loaders make it; only tensors are read here.
 type Batch = Mapping[str, Tensor]
@@ -116,6 +121,14 @@ class BiLevelStep:
             again, which saves a third of an outer step; False forms the second
             derivative anew, in less memory. A model that torch cannot differentiate
             twice in reverse mode falls back to that.
+        micro_batch: largest number of records in one pass, to save memory; None for
+            whole batches. The validation part is split where its BatchNorm uses
+            running statistics, and costs a forward pass more unless ``outer_loss`` is
+            "model", which must then be a mean over records. The training part is split
+            only where records do not share anything: with BatchNorm or an active
+            dropout (one mask must serve both steps) it stays whole, and so do the
+            records that "alignment" enumerates and a joint inner step. Where it is
+            split no graph is kept. The numbers are those of the unsplit step.
         precision: "fp32", or "bf16" for the model's forward passes under
             ``torch.autocast``; weights, gradients and the policy stay as they are.
 
@@ -147,7 +160,10 @@ class BiLevelStep:
         average: Average | None = None,
         keep_graph: bool = True,
         precision: Literal["fp32", "bf16"] = "fp32",
+        micro_batch: int | None = None,
     ) -> None:
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be 1 or more, got {micro_batch}.")
         if precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {list(PRECISIONS)}, got {precision!r}."
@@ -173,6 +189,10 @@ class BiLevelStep:
         # nothing. The series of "neumann" asks for its norms in any case.
         self._asks = not optimizer.defaults.get("fused") or method == "neumann"
         self.precision = precision
+        self.micro_batch = micro_batch
+        self._splits: bool | None = None  # the training part; found out by trying
+        # Where a kept graph failed, reverse over reverse would fail again.
+        self._first_try: Literal["forward", "reverse"] = "reverse"
 
     def inner(self, batch: Batch, joint: bool = False) -> Tensor:
         """Take one inner step.
@@ -189,7 +209,9 @@ class BiLevelStep:
             augmented = self.policy(x, labels, self.generator)
         self.optimizer.zero_grad()
         buffers = self._buffers()
-        loss, _ = self._backward(batch, augmented, self._draw_seed())
+        seed = self._draw_seed()
+        pieces = self._training_pieces(batch, augmented, seed, whole=joint)
+        loss, _ = self._backward(pieces, seed)
         self._take_if(self._finite(loss), buffers)
         return loss
 
@@ -207,15 +229,17 @@ class BiLevelStep:
         """
         x, labels = self._signals(batch)
         exact = self.method in ("one_step", "neumann")  # through this augmented batch
-        with torch.set_grad_enabled(exact):
-            draw = self.policy.sample(x.shape, labels, self.generator, complete=exact)
-            augmented = self.policy.apply(x, labels, draw)
+        draw = self.policy.sample(x.shape, labels, self.generator, complete=exact)
+        # Without the policy's graph, which is made when the network's is gone.
+        with torch.no_grad():
+            leaf = self.policy.apply(x, labels, draw.chosen_only())
         seed = self._draw_seed()
         self.optimizer.zero_grad()
-        keeps = exact and self.keep_graph
-        leaf = augmented.detach().requires_grad_(keeps)
         buffers = self._buffers()
-        loss, grads = self._backward(batch, leaf, seed, create_graph=keeps)
+        pieces = self._training_pieces(batch, leaf, seed)
+        keeps = exact and self.keep_graph and not self._splits
+        leaf.requires_grad_(keeps)
+        loss, grads = self._backward(pieces, seed, create_graph=keeps)
         finite = self._finite(loss)
         if self._asks and not finite:
             self._take_if(finite, buffers)
@@ -226,8 +250,8 @@ class BiLevelStep:
             through = self._augmented_validation(val_batch)
             gradient = self._to_policy(through, self._darts(val_batch, through))
         else:
-            cotangent = self._through_weights(batch, leaf, grads, val_batch, seed)
-            gradient = self._to_policy(augmented, cotangent)
+            cotangent = self._through_weights(pieces, leaf, grads, val_batch, seed)
+            gradient = self._to_policy(self.policy.apply(x, labels, draw), cotangent)
         of = val_batch if self.method == "darts" else batch
         gradient = self._mean(gradient, self._records(of))
         for value in gradient.values():
@@ -258,9 +282,33 @@ class BiLevelStep:
     def _zeros(self) -> dict[str, Tensor]:
         return {n: torch.zeros_like(p) for n, p in self.policy.named_parameters()}
 
+    def _training_pieces(
+        self, batch: Batch, x: Tensor, seed: int, whole: bool = False
+    ) -> list[Piece]:
+        """Return the augmented batch, in pieces where that changes nothing."""
+        records, moved = self._records(batch), {**batch, self.input_key: x}
+        if self.micro_batch is None or whole:
+            return pieces_of(moved, records, None)
+        if self._splits is None:
+            self._splits = self._can_split(moved, seed)
+        return pieces_of(moved, records, self.micro_batch if self._splits else None)
+
+    def _can_split(self, batch: Batch, seed: int) -> bool:
+        first = pieces_of(batch, self._records(batch), self.micro_batch)[0].batch
+        self.model.train()
+        with _fixed_seed(seed), self._autocast():
+            splits = records_are_independent(self.model, lambda: self.model(**first))
+        if not splits:
+            logger.info(
+                "micro_batch=%d splits the validation part only: with batch statistics "
+                "or dropout the records of a training batch stay together.",
+                self.micro_batch,
+            )
+        return splits
+
     def _through_weights(
         self,
-        batch: Batch,
+        pieces: list[Piece],
         augmented: Tensor,
         grads: Tensors,
         val_batch: Batch,
@@ -272,23 +320,24 @@ class BiLevelStep:
         do that, now and later hypergradient() forms the derivative anew.
         """
         try:
-            return self._of_augmented(batch, augmented, grads, val_batch, seed)
+            return self._of_augmented(pieces, augmented, grads, val_batch, seed)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not self.keep_graph:
+            if not augmented.requires_grad:
                 raise
-            self.keep_graph = False
+            self.keep_graph, self._first_try = False, "forward"
             logger.warning("No second backward pass through this model: %s", error)
         grads = {name: weight.grad for name, weight in self.params.items()}
-        return self._of_augmented(batch, augmented.detach(), grads, val_batch, seed)
+        return self._of_augmented(pieces, augmented.detach(), grads, val_batch, seed)
 
-    def _of_augmented(self, batch, augmented, grads, val_batch, seed) -> Tensor:
-        def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
-            moved = {**batch, self.input_key: hparams["x"]}
-            return self._pure_output(params, moved, seed, training=True)["loss"]
+    def _of_augmented(self, pieces, augmented, grads, val_batch, seed) -> Tensor:
+        def train_loss(params: Tensors, hparams: Tensors, piece: Piece) -> Tensor:
+            moved = {**piece.batch, self.input_key: hparams["x"][piece.rows]}
+            output = self._pure_output(params, moved, seed, training=True)
+            return piece.share * output["loss"]
 
-        records = {"train": self._records(batch), "val": self._records(val_batch)}
+        records = {"train": len(augmented), "val": self._records(val_batch)}
         settings: dict[str, object]
         if self.method == "one_step":
             settings = {
@@ -299,15 +348,17 @@ class BiLevelStep:
             settings = {
                 "lr": self.neumann_lr,
                 "neumann_terms": self.neumann_terms,
-                "train_grads": grads if self.keep_graph else None,
+                "train_grads": grads if augmented.requires_grad else None,
             }
         return hypergradient(
-            train_loss,
-            lambda params: self._validation_loss(params, val_batch, seed),
+            [partial(train_loss, piece=piece) for piece in pieces],
+            None,
             self.params,
             {"x": augmented},
             method=self.method,
             average=lambda tensors, of: self._mean(tensors, records[of]),
+            val_gradient=lambda at: self._validation_gradient(at, val_batch, seed),
+            first_try=self._first_try,
             **settings,
         )["x"]
 
@@ -318,13 +369,10 @@ class BiLevelStep:
         inner_step = inner_step_of(self.optimizer, self.params)
         weights = {name: p.detach() for name, p in self.params.items()}
         after, slope = inner_step(weights, {n: p.grad for n, p in self.params.items()})
-        leaves = {name: w.detach().requires_grad_() for name, w in after.items()}
-        loss = self._validation_loss(leaves, val_batch, seed)
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
         gradients = self._mean(
-            dict(zip(leaves, gradients, strict=True)), self._records(val_batch)
+            self._validation_gradient(after, val_batch, seed), self._records(val_batch)
         )
-        direction = {name: slope[name] * gradients[name] for name in leaves}
+        direction = {name: slope[name] * gradients[name] for name in after}
 
         def record_losses(params: Tensors, x: Tensor, labels: Tensor) -> Tensor:
             copies = _repeated(batch, self.alignment_records, len(x))
@@ -349,15 +397,18 @@ class BiLevelStep:
 
     def _darts(self, val_batch: Batch, augmented: Tensor) -> Tensor:
         seed = self._draw_seed()
-        return hypergradient(
-            None,
-            lambda params, hparams: self._validation_loss(
-                params, {**val_batch, self.input_key: hparams["x"]}, seed
-            ),
-            self.params,
-            {"x": augmented},
-            method="darts",
-        )["x"]
+        moved = {**val_batch, self.input_key: augmented.detach()}
+
+        def cotangent(piece: Piece, outer: OuterPart) -> Tensor:
+            def val_loss(params: Tensors, hparams: Tensors) -> Tensor:
+                batch = {**piece.batch, self.input_key: hparams["x"]}
+                return outer(self._pure_output(params, batch, seed, training=False))
+
+            x = {"x": piece.batch[self.input_key]}
+            return hypergradient(None, val_loss, self.params, x, method="darts")["x"]
+
+        parts = self._validation_parts(self.params, moved, seed)
+        return torch.cat([cotangent(piece, outer) for piece, outer in parts])
 
     def _augmented_validation(self, val_batch: Batch) -> Tensor:
         x, labels = self._signals(val_batch)
@@ -376,29 +427,81 @@ class BiLevelStep:
             for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
         }
 
-    def _validation_loss(self, params: Tensors, batch: Batch, seed: int) -> Tensor:
-        output = self._pure_output(params, batch, seed, training=False)
+    def _validation_gradient(
+        self, params: Tensors, batch: Batch, seed: int
+    ) -> dict[str, Tensor]:
+        """Return the gradient of the outer loss in the weights."""
+
+        def val_loss(at: Tensors, piece: Piece, outer: OuterPart) -> Tensor:
+            return outer(self._pure_output(at, piece.batch, seed, training=False))
+
+        parts = self._validation_parts(params, batch, seed)
+        return gradient_of(
+            [partial(val_loss, piece=piece, outer=outer) for piece, outer in parts],
+            params,
+        )
+
+    def _validation_parts(
+        self, params: Tensors, batch: Batch, seed: int
+    ) -> list[tuple[Piece, OuterPart]]:
+        """Return scalars of pieces of a batch whose sum has the outer loss's gradient.
+
+        A loss that is no mean over records is differentiated in the logits of all of
+        them first; a piece's scalar is then its logits times that derivative.
+        """
+        shares = self.val_statistics == "batch" and any(
+            isinstance(module, _BatchNorm) for module in self.model.modules()
+        )
+        size = None if shares else self.micro_batch
+        pieces = pieces_of(batch, self._records(batch), size)
         if self.outer_loss == "model":
-            return output["loss"]
-        return OUTER_LOSSES[self.outer_loss](output["logit"], output["y_true"])
+            return [
+                (piece, lambda output, share=piece.share: share * output["loss"])
+                for piece in pieces
+            ]
+        outer_loss = OUTER_LOSSES[self.outer_loss]
+        if len(pieces) == 1:
+            return [(pieces[0], lambda out: outer_loss(out["logit"], out["y_true"]))]
+        logits, labels = [], []
+        for piece in pieces:
+            with torch.no_grad():
+                output = self._pure_output(params, piece.batch, seed, training=False)
+            logits.append(output["logit"])
+            labels.append(output["y_true"])
+        logit = torch.cat(logits).requires_grad_()
+        slope = torch.autograd.grad(outer_loss(logit, torch.cat(labels)), logit)[0]
+        return [
+            (
+                piece,
+                lambda output, slope=slope[piece.rows]: (slope * output["logit"]).sum(),
+            )
+            for piece in pieces
+        ]
 
     def _backward(
-        self, batch: Batch, x: Tensor, seed: int, create_graph: bool = False
+        self, pieces: list[Piece], seed: int, create_graph: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Write ``.grad``; return the loss and the gradients, with graph if asked."""
         self.model.train()
-        with _fixed_seed(seed), self._autocast():
-            loss = self.model(**{**batch, self.input_key: x})["loss"]
+        total, records = 0, pieces[-1].rows.stop
+        for piece in pieces:
+            with _fixed_seed(seed), self._autocast():
+                loss = piece.share * self.model(**piece.batch)["loss"]
+            total = total + loss.detach()
+            if not create_graph:
+                loss.backward()
         if create_graph:  # not backward(), which would tie .grad to the graph for good
             weights = list(self.params.values())
             grads = torch.autograd.grad(
                 loss, weights, create_graph=True, allow_unused=True
             )
             for weight, gradient in zip(weights, grads, strict=True):
-                # A copy: several processes average it in place.
-                weight.grad = None if gradient is None else gradient.detach().clone()
+                if gradient is not None:
+                    gradient = gradient.detach()
+                    # A copy where several processes average it in place.
+                    gradient = gradient if self.average is None else gradient.clone()
+                weight.grad = gradient
         else:
-            loss.backward()
             grads = [parameter.grad for parameter in self.params.values()]
         unused = [name for name, p in self.params.items() if p.grad is None]
         if unused:
@@ -408,8 +511,8 @@ class BiLevelStep:
             )
         grads = dict(zip(self.params, grads, strict=True))
         if self.average is None:
-            return loss.detach(), grads
-        return self._average_in_place(loss.detach(), self._records(batch)), grads
+            return total, grads
+        return self._average_in_place(total, records), grads
 
     def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
         """Average loss, gradients and running statistics over the processes."""

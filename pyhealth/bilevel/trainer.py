@@ -170,6 +170,7 @@ class BiLevelTrainer(Trainer):
         val_statistics: Literal["running", "batch"] = "running",
         outer_loss: Literal["model", "ranking", "calibrated"] = "model",
         alignment_records: int = 16,
+        micro_batch: int | None = None,
         weight_decay: float = 0.0,
         monitor: str = "roc_auc",
         monitor_criterion: Literal["max", "min"] = "max",
@@ -210,6 +211,9 @@ class BiLevelTrainer(Trainer):
                 own loss, or "ranking" or "calibrated", see
                 :mod:`pyhealth.bilevel.outer_loss`.
             alignment_records: training records that "alignment" enumerates in a step.
+            micro_batch: largest number of records in one pass, to save memory, with
+                the same numbers; see :class:`~pyhealth.bilevel.step.BiLevelStep` for
+                what can be split.
             weight_decay: L2 penalty of the weights.
             monitor: validation score that picks the best epoch.
             monitor_criterion: whether the "max" or "min" of it is best.
@@ -305,6 +309,7 @@ class BiLevelTrainer(Trainer):
             val_statistics=val_statistics,
             outer_loss=outer_loss,
             alignment_records=alignment_records,
+            micro_batch=micro_batch,
             average=self.processes.average if self.processes.count > 1 else None,
             precision=self.precision,
         )

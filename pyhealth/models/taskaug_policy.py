@@ -59,6 +59,10 @@ class PolicyDraw:
     stages: tuple[StageDraw, ...]
     first: int = 0
 
+    def chosen_only(self) -> PolicyDraw:
+        """Return the same draw without what only the gradient to the logits needs."""
+        return PolicyDraw(tuple(map(_chosen_only, self.stages)), self.first)
+
 
 class TaskAugPolicy(nn.Module):
     """K stages, each of which applies one of the ECG operations to a record.
@@ -526,6 +530,14 @@ class TaskAugPolicy(nn.Module):
     def _draw_of(self, op: Augmentation) -> Draw:
         by_electrode = op.name == "lead_dropout" and self.dropout_by == "electrode"
         return electrode_noise if by_electrode else op.draw
+
+
+def _chosen_only(draw: StageDraw) -> StageDraw:
+    if not draw.complete:
+        return draw
+    named = zip(draw.noise.items(), draw.rows, strict=True)
+    noise = {name: value[rows] for (name, value), rows in named if len(rows)}
+    return StageDraw(draw.soft, draw.rows, noise, complete=False)
 
 
 def _operations(names: Sequence[str] | None) -> tuple[Augmentation, ...]:
