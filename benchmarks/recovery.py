@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--configurations",
         nargs="+",
-        default=["learned", "sign-shuffled"],
+        default=["learned", "sign-shuffled", "one_step"],
         help="of step result; two processes may share the work",
     )
     parser.add_argument("--threads", type=int, default=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from recovery_data import TEST_SEED, VAL_SEED, Cohort
@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from pyhealth.bilevel import BiLevelTrainer
 
-#: Learned as the trainer learns by default, and its control, whose hypergradients have
-#: random signs: what moves there moves by chance.
-CONFIGURATIONS = ("learned", "sign-shuffled")
-#: Training records a step that the control enumerates: fewer, because Adam takes the
-#: scale out of a hypergradient and the signs are random in any case.
-CONTROL_RECORDS = 4
+#: What each configuration changes in the settings. The control's hypergradients have
+#: random signs, so what moves there moves by chance; it enumerates fewer records,
+#: because Adam takes the scale out of a hypergradient and the signs are random anyway.
+#: "one_step" is the derivative through the augmented signal, of the model's own loss.
+CONFIGURATIONS = {
+    "learned": {},
+    "sign-shuffled": {"alignment_records": 4},
+    "one_step": {"hypergradient": "one_step", "outer_loss": "model"},
+}
 #: Planted validation records a step.
 POLICY_BATCH = 128
 
@@ -29,7 +32,7 @@ def run_result(
     plants: Mapping[str, float],
     rows: Rows,
     seeds: int,
-    configurations: Sequence[str] = CONFIGURATIONS,
+    configurations: Iterable[str] = CONFIGURATIONS,
     epochs: int = EPOCHS,
     **settings,
 ) -> None:
@@ -60,8 +63,8 @@ def run_result(
         trainer = BiLevelTrainer(
             model, metrics=["roc_auc"], device="cpu", enable_logging=False, seed=seed
         )
+        changed = CONFIGURATIONS[job["configuration"]]
         control = job["configuration"] == "sign-shuffled"
-        used = settings | ({"alignment_records": CONTROL_RECORDS} if control else {})
         trainer.train(
             cohort.train.loader(seed),
             val.loader(),
@@ -70,7 +73,7 @@ def run_result(
             load_best_model_at_last=False,
             on_epoch=scores,
             on_hypergradient=_Signs(seed) if control else None,
-            **used,
+            **{**settings, **changed},
         )
         policy = trainer.policy.to_frame()
         rows.append(
