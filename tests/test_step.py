@@ -19,6 +19,7 @@ from pyhealth.models.base_model import BaseModel
 from torch import nn
 
 from pyhealth.bilevel.alignment import MAGNITUDE_STEP
+from pyhealth.bilevel.outer import PolicyOptimizer
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
@@ -892,3 +893,31 @@ def test_active_dropout_keeps_a_training_batch_whole(dataset):
 def test_pieces_without_a_record_are_refused(dataset):
     with pytest.raises(ValueError, match="micro_batch must be 1 or more, got 0"):
         step_of(SmoothNet(dataset), policy_of(), warmup=0, micro_batch=0)
+
+
+# Other devices
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("outer_loss", ["model", "ranking", "calibrated"])
+@pytest.mark.parametrize("method", [*METHODS, "alignment"])
+def test_no_tensor_is_made_without_a_device(dataset, method, outer_loss, micro_batch):
+    """Where the default device has no data, a tensor made there ends the step.
+
+    On a GPU it would be one made on the CPU: an error, or a copy in every step.
+    """
+    torch.manual_seed(0)
+    model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
+    model.augment = False
+    settings = {"outer_loss": outer_loss, "micro_batch": micro_batch}
+    step = step_of(
+        model, model.policy.double(), method=method, neumann_lr=0.01, **settings
+    )
+    outer = PolicyOptimizer(step.policy, lr=0.1, accumulate=1)
+    before = step.policy.logits.detach().clone()
+    batch, val_batch = batch_of(8, seed=0), batch_of(8, seed=1)
+    with torch.device("meta"):
+        step.inner(batch)
+        _, gradient = step.inner_and_outer(batch, val_batch)
+        outer.add(gradient, step.finite)
+    assert not step.policy.logits.equal(before)

@@ -570,17 +570,19 @@ class BiLevelStep:
         return batch[self.input_key].to(device), batch[self.label_key].to(device)
 
     def _draw_seed(self) -> int:
-        return int(torch.randint(2**31, (), generator=self.generator).item())
+        device = self.generator.device
+        seed = torch.randint(2**31, (), generator=self.generator, device=device)
+        return int(seed.item())
 
 
 def _repeated(batch: Batch, records: int, count: int) -> dict[str, object]:
     """Return ``count`` records: the batch's first ``records``, over and over."""
     size = min(records, len(next(iter(batch.values()))))
-    order = torch.arange(count) % size
+    copies = -(-count // size)
     return {
-        key: value[order.to(value.device)]
+        key: value[:size].repeat(copies, *[1] * (value.dim() - 1))[:count]
         if isinstance(value, Tensor)
-        else [value[index] for index in order]
+        else (list(value[:size]) * copies)[:count]
         for key, value in batch.items()
     }
 

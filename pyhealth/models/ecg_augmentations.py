@@ -196,7 +196,8 @@ def temporal_warp(x: Tensor, magnitude: Tensor, draw: Tensor, rate: float) -> Te
     """
     steps = _steps(x)
     span = max(x.shape[-1] - 1, 1)
-    order = math.pi * (1 + torch.arange(WARP_COSINES).to(steps))[:, None]
+    order = torch.arange(1, 1 + WARP_COSINES, dtype=steps.dtype, device=steps.device)
+    order = math.pi * order[:, None]
     integral = torch.sin(order * steps / span) * span / order / WARP_COSINES
     return interpolate(x, magnitude[:, None] * (draw.to(steps.dtype) @ integral))
 
