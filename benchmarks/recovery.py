@@ -24,7 +24,7 @@ STEPS = ("truth", "direction", "result", "table")
 SETTINGS = {
     "hypergradient": "alignment",
     "outer_loss": "ranking",
-    "alignment_records": 32,
+    "alignment_records": 64,
     "outer_lr": 0.03,
 }
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
-from pyhealth.bilevel.alignment import MAGNITUDE_STEP, alignment_gradient
+from pyhealth.bilevel import alignment
+from pyhealth.bilevel.alignment import (
+    MAGNITUDE_STEP,
+    alignment_gradient,
+    magnitude_signs,
+)
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
 LEADS, LENGTH, RECORDS = 2, 40, 3
@@ -61,51 +68,40 @@ def policy_of(stages=1, shared=False, operations=OPERATIONS):
     return policy.randomize_(torch.Generator().manual_seed(2))
 
 
-def expectation(policy, problem, seed):
-    """Mean over all choices of one stage of the slope along the direction, negated.
+def replayed(policy, x, labels, seed):
+    """The draw and the signs that a generator of this seed leads to."""
+    generator = seeded(seed)
+    draw = policy.sample(x.shape, labels, generator)
+    return draw, magnitude_signs(labels, len(policy.operations), generator)
 
-    By central differences in the weights and explicit sums, with the noise that the
-    seed makes: nothing of the code under test but the policy's operations.
+
+def slopes(policy, problem, draw, signs):
+    """The slope along the direction for each operation of stage 0 and record (O, R).
+
+    By central differences in the weights: nothing of the code under test but the
+    policy's operations.
     """
     record_losses, params, direction, x, labels = problem
-    draw = policy.sample(x.shape, labels, torch.Generator().manual_seed(seed))
-
-    def slope(signals):
+    found = []
+    for column, op in enumerate(policy.operations):
+        unbounded = torch.where(
+            labels[:, 0] == 1, policy.mag_pos[0, column], policy.mag_neg[0, column]
+        )
+        share = (unbounded + MAGNITUDE_STEP * signs[column]).sigmoid()
+        magnitude = (op.low + (op.high - op.low) * share).detach()
+        signals = op.apply(x, magnitude, draw.stages[0].noise[op.name], 20)
         up, down = (
             record_losses(
                 {n: params[n] + e * direction[n] for n in params}, signals, labels
             )
             for e in (1e-6, -1e-6)
         )
-        return (up - down) / 2e-6
-
-    total = 0.0
-    probability = policy.logits[0].softmax(dim=0)
-    for column, op in enumerate(policy.operations):
-        low, high = op.low, op.high
-        share = torch.where(
-            labels[:, 0] == 1,
-            policy.mag_pos[0, column].sigmoid(),
-            policy.mag_neg[0, column].sigmoid(),
-        )
-        signals = op.apply(
-            x, low + (high - low) * share, draw.stages[0].noise[op.name], 20
-        )
-        total = total - probability[column] * slope(signals).mean()
-    return total
+        found.append((up - down) / 2e-6)
+    return torch.stack(found)
 
 
-def shifted(policy, name, column, by):
-    moved = TaskAugPolicy(
-        policy.num_stages,
-        shared_magnitudes=policy.shared_magnitudes,
-        operations=policy.op_names,
-        sampling_rate=20,
-    ).double()
-    moved.load_state_dict(policy.state_dict())
-    with torch.no_grad():
-        getattr(moved, name)[0, column] += by
-    return moved
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_logit_gradient_is_the_slope_of_the_enumerated_expectation(problem):
@@ -114,48 +110,67 @@ def test_logit_gradient_is_the_slope_of_the_enumerated_expectation(problem):
     found = alignment_gradient(
         policy, x, labels, record_losses, params, direction, seeded(7)
     )["logits"][0]
-    # Logits do not move the magnitudes, whose central values are averaged here too.
+    value = slopes(policy, problem, *replayed(policy, x, labels, 7)).mean(dim=1)
+
+    def expectation(logits):
+        return -(logits.softmax(dim=0) * value).sum()
+
+    logits = policy.logits[0].detach()
     for column in range(3):
-        up, down = (
-            mean_of_halves(shifted(policy, "logits", column, by), problem, 7)
-            for by in (1e-5, -1e-5)
-        )
-        slope = (up - down).item() / 2e-5
-        assert found[column].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+        step = 1e-5 * torch.eye(3).double()[column]
+        slope = (expectation(logits + step) - expectation(logits - step)) / 2e-5
+        assert found[column].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-9)
     assert found.abs().max() > 1e-3
 
 
-def mean_of_halves(policy, problem, seed):
-    """The expectation, averaged over both shifts of every magnitude."""
-    halves = []
-    for by in (MAGNITUDE_STEP, -MAGNITUDE_STEP):
-        moved = policy
-        for name in ("mag_neg", "mag_pos"):
-            for column in range(len(policy.operations)):
-                moved = shifted(moved, name, column, by)
-        halves.append(expectation(moved, problem, seed))
-    return sum(halves) / 2
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("name", ["mag_neg", "mag_pos"])
-def test_magnitude_gradient_is_the_central_difference_of_the_expectation(problem, name):
-    policy = policy_of()
+@pytest.mark.parametrize("shared", [False, True])
+def test_magnitude_gradient_is_on_average_the_central_difference(
+    problem, shared, monkeypatch
+):
+    """Averaged over all 2^O signs that the operations can have, it is exactly that."""
+    policy = policy_of(shared=shared)
     record_losses, params, direction, x, labels = problem
-    found = alignment_gradient(
-        policy, x, labels, record_losses, params, direction, seeded(7)
-    )[name][0]
-    for column in range(3):
-        up, down = (
-            expectation(shifted(policy, name, column, by), problem, 7)
-            for by in (MAGNITUDE_STEP, -MAGNITUDE_STEP)
+    draw, signs = replayed(policy, x, labels, 7)
+    found = []
+    for pattern in product((-1.0, 1.0), repeat=len(OPERATIONS)):
+        given = torch.tensor(pattern)[:, None].expand_as(signs)
+        monkeypatch.setattr(alignment, "magnitude_signs", lambda *_, s=given: s)
+        found.append(
+            alignment_gradient(
+                policy, x, labels, record_losses, params, direction, seeded(7)
+            )
         )
-        slope = (up - down).item() / (2 * MAGNITUDE_STEP)
-        assert found[column].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
-    assert found[1:].abs().min() > 1e-6
+    up, down = (
+        slopes(policy, problem, draw, torch.full_like(signs, sign)) for sign in (1, -1)
+    )
+    central = -policy.probabilities()[0][:, None] * (up - down) / (2 * MAGNITUDE_STEP)
+    weights = {"mag_neg": 1 - labels.T, "mag_pos": labels.T}
+    if shared:
+        weights = {"mag_neg": torch.ones_like(labels.T)}
+    assert set(found[0]) == {"logits", *weights}
+    for name, weight in weights.items():
+        mean = torch.stack([h[name][0] for h in found]).mean(dim=0)
+        expected = (central * weight).mean(dim=1)
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-9)
+        assert expected[1:].abs().min() > 1e-6
+
+
+def test_an_operation_without_a_magnitude_moves_none(problem):
+    record_losses, params, direction, x, labels = problem
+    found = alignment_gradient(policy_of(), x, labels, record_losses, params, direction)
+    assert found["mag_neg"][0, 0] == 0  # of no_op
+    assert found["mag_neg"][0, 1:].abs().min() > 0
+
+
+@pytest.mark.parametrize("records", [1, 2, 7, 8])
+def test_signs_are_balanced_in_each_class_and_fair(records):
+    labels = (torch.arange(records) % 2)[:, None].float()
+    drawn = torch.stack([magnitude_signs(labels, 5, seeded(s)) for s in range(400)])
+    assert drawn.abs().eq(1).all()
+    assert drawn.sum(dim=2).abs().max() <= 1
+    for label in (0, 1):
+        assert drawn[:, :, labels[:, 0] == label].sum(dim=2).abs().max() <= 1
+    assert drawn.mean(dim=0).abs().max() < 4 / 400**0.5
 
 
 def test_shared_magnitudes_get_the_sum_over_the_classes(problem):

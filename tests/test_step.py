@@ -18,6 +18,7 @@ import torch
 from pyhealth.models.base_model import BaseModel
 from torch import nn
 
+from pyhealth.bilevel import alignment
 from pyhealth.bilevel.alignment import MAGNITUDE_STEP
 from pyhealth.bilevel.outer import PolicyOptimizer
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
@@ -778,7 +779,7 @@ class Kinked(BaseModel):
         return {"logit": logit, "loss": loss, "y_true": label}
 
 
-def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset):
+def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset, monkeypatch):
     """A real step for each operation of each record, on a network with kinks.
 
     To first order in the step a record's operation moves the validation loss whatever
@@ -802,6 +803,9 @@ def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset):
     )
     batch, val_batch = batch_of(4, seed=1), batch_of(9, seed=2)
     draws, weights = recorded(policy), deepcopy(model.state_dict())
+    signs = torch.ones(len(policy.operations), 4)
+    signs[:, ::2] = -1
+    monkeypatch.setattr(alignment, "magnitude_signs", lambda *_: signs)
     _, gradient = step.inner_and_outer(batch, val_batch)
     noise = draws[-1].stages[0].noise
 
@@ -821,23 +825,24 @@ def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset):
         with torch.no_grad():
             return model(**val_batch)["loss"].item()
 
-    shift = MAGNITUDE_STEP
     effects = torch.tensor(
         [
             [
-                sum(effect(record, op, magnitude + sign) for record in range(4))
-                for op, magnitude in zip(
-                    policy.operations, policy.mag_neg[0], strict=True
-                )
+                effect(record, op, magnitude + sign * MAGNITUDE_STEP)
+                for record, sign in enumerate(signs[column].tolist())
             ]
-            for sign in (-shift, shift)
+            for column, (op, magnitude) in enumerate(
+                zip(policy.operations, policy.mag_neg[0], strict=True)
+            )
         ],
         dtype=torch.float64,
     )
     probability = policy.probabilities()[0]
-    mean = effects.mean(dim=0)
-    of_logits = probability * (mean - probability @ mean)
-    of_magnitudes = probability * (effects[1] - effects[0]) / (2 * shift)
+    total = effects.sum(dim=1)
+    of_logits = probability * (total - probability @ total)
+    others = (effects.sum(dim=0) - effects) / (len(effects) - 1)
+    moved = (signs * (effects - others)).sum(dim=1) / MAGNITUDE_STEP
+    of_magnitudes = torch.where(policy.has_magnitude, probability * moved, 0)
     for name, expected in (("logits", of_logits), ("mag_neg", of_magnitudes)):
         assert expected.norm() > 1e-8
         torch.testing.assert_close(gradient[name][0], expected, rtol=1e-3, atol=1e-10)

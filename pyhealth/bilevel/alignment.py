@@ -21,13 +21,13 @@ from torch.autograd import forward_ad
 from ..models.taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
 from .hypergradient import Tensors
 
-__all__ = ["RecordLosses", "alignment_gradient"]
+__all__ = ["RecordLosses", "alignment_gradient", "magnitude_signs"]
 
 #: ``record_losses(params, x, labels)`` -> training loss of each record (R,).
 type RecordLosses = Callable[[Tensors, Tensor, Tensor], Tensor]
 
-#: Half the distance, in the unbounded parameter, over which a magnitude is compared;
-#: at the middle of an interval 0.6 spans 0.35 to 0.65 of it.
+#: How far, in the unbounded parameter, magnitudes are moved up or down to compare them;
+#: from the middle of an interval 0.6 leads to 0.35 and 0.65 of it.
 MAGNITUDE_STEP = 0.6
 
 
@@ -45,14 +45,17 @@ def alignment_gradient(
     With the inner step ``w' = w - u(dL_train/dw)`` and the direction
     ``v = D * dL_val/dw'`` the validation loss after it is, to first order in the step,
     a constant minus the mean of the records' ``s = d/de loss(w + e v)``. That mean over
-    the policy's draws is enumerated: the logits get
-    ``-p_i (s_i - sum_j p_j s_j)``, exactly; a magnitude gets a central difference of
-    width :data:`MAGNITUDE_STEP`. Both signs and all operations share each record's
-    noise. What a record does to the others through a batch normalisation is left out.
+    the policy's draws is enumerated: the logits get ``-p_i (s_i - sum_j p_j s_j)``. For
+    the magnitudes' sake an operation takes half of the records with a magnitude that is
+    :data:`MAGNITUDE_STEP` higher and half with one that much lower, as
+    :func:`magnitude_signs` says; a magnitude gets ``-p_i sign (s_i - b) / step``, in
+    expectation a central difference, with the mean of the record's other operations as
+    b. All operations share each record's noise. What a record does to the others
+    through a batch normalisation is left out.
 
     Args:
         policy: with K stages of O operations.
-        x: clean training signals (R, C, T); 2 K O R of them are classified at once.
+        x: clean training signals (R, C, T); K O R of them are classified at once.
         labels: their classes, (R,) or (R, 1).
         record_losses: training loss of each record at given weights.
         params: weights by name.
@@ -68,7 +71,8 @@ def alignment_gradient(
     Source:
         The inner product of gradients as a data reward: Wang et al., Optimizing data
         usage via differentiable rewards, ICML 2020. Enumerating a stage's operations
-        on the same records and the central differences are ours.
+        on the same records and the signed magnitudes are ours; the random signs are
+        those of Spall's simultaneous perturbation (IEEE TAC 37, 1992).
 
     Examples:
         >>> policy = TaskAugPolicy(1, operations=["no_op", "gaussian_noise"])
@@ -79,12 +83,13 @@ def alignment_gradient(
         >>> h["logits"].abs().max()  # the noise is in proportion to the spread, 0
         tensor(0.)
     """
-    signals = [
-        _variants(policy, stage, x, labels, generator)
-        for stage in range(policy.num_stages)
-    ]
-    shape = (policy.num_stages, 2, len(policy.operations), len(x))
-    copies = shape[0] * shape[1] * shape[2]
+    records, operations = len(x), len(policy.operations)
+    signals, signs = [], []
+    for stage in range(policy.num_stages):
+        draw = policy.sample(x.shape, labels, generator)
+        signs.append(magnitude_signs(labels, operations, generator))
+        signals.append(_variants(policy, stage, x, labels, draw, signs[-1]))
+    copies = policy.num_stages * operations
     with torch.no_grad(), forward_ad.dual_level():
         moving = {
             name: forward_ad.make_dual(params[name], direction[name]) for name in params
@@ -94,20 +99,51 @@ def alignment_gradient(
         slope = forward_ad.unpack_dual(losses).tangent
     if slope is None:
         raise ValueError("The training loss does not depend on the weights given.")
-    return _to_parameters(policy, slope.reshape(shape), labels)
+    slope = slope.reshape(policy.num_stages, operations, records)
+    return _to_parameters(policy, slope, torch.stack(signs), labels)
+
+
+def magnitude_signs(
+    labels: Tensor, operations: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw which records an operation takes with a higher magnitude.
+
+    Args:
+        labels: classes of R records, (R,) or (R, 1).
+        operations: number of operations O.
+        generator: source of the draw.
+
+    Returns:
+        1 or -1 for each operation and record (O, R), either with probability 1/2. The
+        numbers of both differ by one at most, over all records and in each class.
+
+    Examples:
+        >>> signs = magnitude_signs(torch.tensor([0.0, 1.0, 0.0, 1.0]), operations=3)
+        >>> signs.sum(dim=1)
+        tensor([0., 0., 0.])
+    """
+    device = labels.device if generator is None else generator.device
+    size = (operations, len(labels))
+    place = torch.rand(size, generator=generator, device=device).to(labels.device)
+    first = torch.randint(2, (operations, 1), generator=generator, device=device)
+    # Records in an order of chance within their class; every second one has one sign.
+    order = (labels.reshape(len(labels), -1)[:, 0] + place).argsort(dim=1)
+    alternating = torch.arange(len(labels), device=labels.device)
+    alternating = (alternating + first.to(labels.device)) % 2
+    return torch.empty_like(place).scatter(1, order, 2.0 * alternating - 1)
 
 
 def _to_parameters(
-    policy: TaskAugPolicy, slope: Tensor, labels: Tensor
+    policy: TaskAugPolicy, slope: Tensor, signs: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Turn slopes (K, sign, O, R) into the derivative in logits and magnitudes."""
+    """Turn slopes and signs (K, O, R) into the derivative in logits and magnitudes."""
     probability = policy.probabilities()
-    value = slope.mean(dim=(1, 3))
+    value = slope.mean(dim=-1)
     mean = (probability * value).sum(dim=-1, keepdim=True)
     result = {"logits": -probability * (value - mean)}
-    change = (
-        -probability[..., None] * (slope[:, 1] - slope[:, 0]) / (2 * MAGNITUDE_STEP)
-    )
+    others = (slope.sum(dim=1, keepdim=True) - slope) / max(slope.shape[1] - 1, 1)
+    weight = (probability * policy.has_magnitude)[..., None] / MAGNITUDE_STEP
+    change = -weight * signs * (slope - others)
     if policy.shared_magnitudes:
         return result | {"mag_neg": change.mean(dim=-1)}
     share = labels.reshape(-1).to(change)
@@ -123,17 +159,18 @@ def _variants(
     stage: int,
     x: Tensor,
     labels: Tensor,
-    generator: torch.Generator | None,
+    draw: PolicyDraw,
+    signs: Tensor,
 ) -> Tensor:
-    """Return (2 O R, C, T): one stage enumerated, the others as drawn."""
-    draw = policy.sample(x.shape, labels, generator)
+    """Return (O R, C, T): one stage enumerated, the others as drawn."""
     before, after = draw.stages[:stage], draw.stages[stage + 1 :]
     x = policy.apply(x, labels, PolicyDraw(before))
-    x = policy.enumerate_stage(stage, x, labels, draw.stages[stage], MAGNITUDE_STEP)
-    copies = 2 * len(policy.operations)
+    shift = MAGNITUDE_STEP * signs.T
+    x = policy.enumerate_stage(stage, x, labels, draw.stages[stage], shift)
+    copies = len(policy.operations)
     later = tuple(_tiled(one, copies, len(labels)) for one in after)
     labels = labels.repeat(copies, *[1] * (labels.dim() - 1))
-    return policy.apply(x.flatten(0, 2), labels, PolicyDraw(later, stage + 1))
+    return policy.apply(x.flatten(0, 1), labels, PolicyDraw(later, stage + 1))
 
 
 def _tiled(draw: StageDraw, copies: int, records: int) -> StageDraw:

@@ -187,6 +187,11 @@ class TaskAugPolicy(nn.Module):
         """The operations themselves, with range and unit, in the same order."""
         return self._operations
 
+    @property
+    def has_magnitude(self) -> Tensor:
+        """Whether an operation's magnitude can differ from zero (O,)."""
+        return self._high > self._low
+
     def probabilities(self) -> Tensor:
         """Return the probability of each operation (K, O), detached."""
         return self.logits.detach().softmax(dim=-1)
@@ -294,7 +299,7 @@ class TaskAugPolicy(nn.Module):
         x: Tensor,
         labels: Tensor | None,
         draw: StageDraw,
-        shift: float = 0.0,
+        shift: Tensor | float = 0.0,
     ) -> Tensor:
         """Apply every operation of one stage to every record, with the draw's noise.
 
@@ -303,17 +308,13 @@ class TaskAugPolicy(nn.Module):
             x: signals (B, C, T) as they enter the stage.
             labels: classes (B,) or (B, 1), see :meth:`apply`.
             draw: complete draw of that stage; which operation it chose does not matter.
-            shift: added to the unbounded magnitudes in the second half of the result
-                and taken off in the first.
+            shift: added to the unbounded magnitudes, for each record and operation
+                (B, O) or for all alike.
 
         Returns:
-            Signals (2, O, B, C, T).
+            Signals (O, B, C, T).
         """
-        halves = []
-        for signed in (-shift, shift):
-            magnitude = self._magnitude_of(stage, labels, len(x), signed)
-            halves.append(self._values(x, magnitude, draw))
-        return torch.stack(halves)
+        return self._values(x, self._magnitude_of(stage, labels, len(x), shift), draw)
 
     def forward(
         self,
@@ -509,7 +510,11 @@ class TaskAugPolicy(nn.Module):
         return (self.logits[stage] / self.temperature).softmax(dim=-1)
 
     def _magnitude_of(
-        self, stage: int, labels: Tensor | None, records: int, shift: float = 0.0
+        self,
+        stage: int,
+        labels: Tensor | None,
+        records: int,
+        shift: Tensor | float = 0.0,
     ) -> Tensor:
         """Return each record's magnitudes (B, O), in the operations' units."""
         negative = self._bounded(self.mag_neg[stage] + shift)
