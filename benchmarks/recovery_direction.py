@@ -106,7 +106,7 @@ def run_direction(
         if all(job in rows for job in jobs):
             continue
         model = new_model(cohort, seed, shared_magnitudes=True)
-        step = _step(model, seed, Estimator())
+        step = step_of(model, seed, Estimator())
         loader = cohort.train.loader(seed)
         for epoch in range(max(checkpoints)):
             for batch in loader:
@@ -118,7 +118,7 @@ def run_direction(
                     rows.append(job | {"logits": [h.tolist() for h in seen]})
 
 
-def _step(model, seed: int, estimator: Estimator, optimizer=None) -> BiLevelStep:
+def step_of(model, seed: int, estimator: Estimator, optimizer=None) -> BiLevelStep:
     params = classifier_parameters(model, model.policy)
     own = torch.optim.Adam(params.values(), lr=INNER_LR)
     if optimizer is not None:
@@ -148,12 +148,12 @@ def _ask(
         model = copy.deepcopy(run.model)
         policy = type(model.policy)(1, sampling_rate=100, **estimator.policy)
         model.policy = policy
-        step = _step(model, pair, estimator, run.optimizer)
-        batches = [_batch(part, generator) for part in (train, val)]
+        step = step_of(model, pair, estimator, run.optimizer)
+        batches = [batch_of(part, generator) for part in (train, val)]
         seen.append(step.inner_and_outer(*batches)[1]["logits"][0])
     return seen
 
 
-def _batch(part: Part, generator: torch.Generator) -> dict[str, Tensor]:
+def batch_of(part: Part, generator: torch.Generator) -> dict[str, Tensor]:
     rows = torch.randperm(len(part.label), generator=generator)[:64]
     return {"ecg": part.ecg[rows], "label": part.label[rows]}

@@ -25,11 +25,13 @@ UNIFORM = "uniform"
 FORCED = (UNIFORM, *AUGMENTATIONS)
 
 
-def new_model(cohort: Cohort, seed: int, **policy) -> TaskAugResNet:
+def new_model(
+    cohort: Cohort, seed: int, num_stages: int = 1, **policy
+) -> TaskAugResNet:
     """Return the small network; the seed alone decides its first weights."""
     torch.manual_seed(seed)
     model = TaskAugResNet(cohort.samples, base_width=WIDTH, policy_stages=1)
-    model.policy = TaskAugPolicy(1, sampling_rate=100, **policy)
+    model.policy = TaskAugPolicy(num_stages, sampling_rate=100, **policy)
     return model
 
 

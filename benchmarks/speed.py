@@ -51,7 +51,7 @@ TABLE = (
         False,
     ),
     ("outer neumann 1 / plain, fp32", "neumann-inner", "plain", 6.0, False),
-    ("outer alignment, 32 records / plain", "alignment-inner", "plain", None, False),
+    ("outer alignment, default / plain", "alignment-inner", "plain", None, False),
     ("authors' / neumann fp32", "authors", "neumann_theirs", 4.0, True),
     ("authors' / one_step fp32", "authors", "one_step_theirs", None, True),
     ("authors' / one_step bf16", "authors", "one_step_theirs_bf16", 8.0, True),
@@ -106,9 +106,7 @@ class Variants:
             "one_step_bf16": self._timed(self.step(precision="bf16")),
             "neumann": self._timed(self.step(method="neumann", neumann_lr=1e-3)),
             "alignment": self._timed(
-                self.step(
-                    method="alignment", outer_loss="ranking", alignment_records=32
-                )
+                self.step(method="alignment", outer_loss="ranking")
             ),
             "one_step_theirs": self._timed(self.step(theirs)),
             "one_step_theirs_bf16": self._timed(self.step(theirs, precision="bf16")),

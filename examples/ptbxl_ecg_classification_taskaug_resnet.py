@@ -53,18 +53,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="lead",
         help="scaling of the signals; 'dataset' keeps voltage, which HYP needs",
     )
-    add("--outer_lr", type=float, default=1e-2, help="learning rate of the policy")
+    add("--outer_lr", type=float, default=3e-2, help="learning rate of the policy")
     add(
         "--hypergradient",
-        choices=("one_step", "neumann", "darts", "alignment"),
-        default="one_step",
+        choices=("alignment", "one_step", "neumann", "darts"),
+        default="alignment",
         help="derivative of the validation loss in the policy",
     )
     add(
         "--outer_loss",
         choices=("model", "ranking", "calibrated"),
-        default="model",
+        default="ranking",
         help="what the policy lowers on the validation records",
+    )
+    add(
+        "--alignment_records",
+        type=int,
+        default=64,
+        help="training records that 'alignment' compares the operations on, a step",
     )
     add("--warmup_epochs", type=int, default=1, help="epochs before the policy moves")
     add("--n_records", type=int, help="draw a cohort of this size; all records")
@@ -171,6 +177,7 @@ def settings_of(arguments: argparse.Namespace):
         outer_lr=arguments.outer_lr,
         hypergradient=arguments.hypergradient,
         outer_loss=arguments.outer_loss,
+        alignment_records=arguments.alignment_records,
         warmup_epochs=arguments.warmup_epochs,
         seed=arguments.seed,
         device=arguments.device,

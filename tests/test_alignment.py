@@ -17,6 +17,7 @@ from pyhealth.bilevel.alignment import (
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
 LEADS, LENGTH, RECORDS = 2, 40, 3
+LABELS = torch.tensor([[1.0], [0.0], [1.0]]).double()
 
 
 class Net(nn.Module):
@@ -34,9 +35,9 @@ class Net(nn.Module):
 
 
 def record_losses_of(net):
-    def record_losses(params, x, labels):
+    def record_losses(params, x, rows):
         logit = torch.func.functional_call(net, dict(params), (x,))[:, 0]
-        target = labels.reshape(-1)
+        target = LABELS[rows].reshape(-1)
         return nn.functional.binary_cross_entropy_with_logits(
             logit, target, reduction="none"
         )
@@ -54,8 +55,8 @@ def problem():
 
     params = {name: p.detach() for name, p in net.named_parameters()}
     direction = {name: normal(*p.shape) for name, p in params.items()}
-    x, labels = normal(RECORDS, LEADS, LENGTH), torch.tensor([[1.0], [0.0], [1.0]])
-    return record_losses_of(net), params, direction, x, labels.double()
+    x = normal(RECORDS, LEADS, LENGTH)
+    return record_losses_of(net), params, direction, x, LABELS
 
 
 OPERATIONS = ("no_op", "time_mask", "lead_dropout")
@@ -82,7 +83,7 @@ def slopes(policy, problem, draw, signs):
     policy's operations.
     """
     record_losses, params, direction, x, labels = problem
-    found = []
+    found, all_rows = [], list(range(len(x)))
     for column, op in enumerate(policy.operations):
         unbounded = torch.where(
             labels[:, 0] == 1, policy.mag_pos[0, column], policy.mag_neg[0, column]
@@ -92,7 +93,7 @@ def slopes(policy, problem, draw, signs):
         signals = op.apply(x, magnitude, draw.stages[0].noise[op.name], 20)
         up, down = (
             record_losses(
-                {n: params[n] + e * direction[n] for n in params}, signals, labels
+                {n: params[n] + e * direction[n] for n in params}, signals, all_rows
             )
             for e in (1e-6, -1e-6)
         )
@@ -189,30 +190,79 @@ def test_shared_magnitudes_get_the_sum_over_the_classes(problem):
     assert set(other) == {"logits", "mag_neg"}
 
 
-def test_a_stage_before_or_behind_that_does_nothing_changes_nothing(problem):
-    single = policy_of()
-    for live in (0, 1):
-        double = policy_of(stages=2)
-        with torch.no_grad():
-            for name in ("logits", "mag_neg", "mag_pos"):
-                getattr(double, name)[live] = getattr(single, name)[0]
-            double.logits[1 - live] = torch.tensor([60.0, 0.0, 0.0])  # only no_op
-        values = [
-            expected_over_seeds(p, problem, stage)
-            for p, stage in ((single, 0), (double, live))
-        ]
-        torch.testing.assert_close(*values, rtol=0.1, atol=2e-3)
+@pytest.mark.parametrize("live", [0, 1])
+def test_stages_share_the_records_and_those_that_do_nothing_change_nothing(
+    problem, live
+):
+    single, double = policy_of(), policy_of(stages=2)
+    with torch.no_grad():
+        for name in ("logits", "mag_neg", "mag_pos"):
+            getattr(double, name)[live] = getattr(single, name)[0]
+        double.logits[1 - live] = torch.tensor([60.0, 0.0, 0.0])  # only no_op
+    own = range(RECORDS)[live::2]
+    alone = over_seeds(single, problem, list(own))[:, 0]
+    among = over_seeds(double, problem, list(range(RECORDS)))[:, live]
+    difference = alone.mean(dim=0) - among.mean(dim=0)
+    noise = ((alone.var(dim=0) + among.var(dim=0)) / len(alone)).sqrt()
+    assert difference.abs().le(3 * noise + 1e-9).all()
+    # The noise is small enough for the wrong records or stage to be seen.
+    assert noise.norm() < 0.2 * alone.mean(dim=0).norm()
 
 
-def expected_over_seeds(policy, problem, stage):
+def over_seeds(policy, problem, chosen):
+    """The logits' derivatives (seeds, K, O), from the chosen records alone."""
     record_losses, params, direction, x, labels = problem
+
+    def losses(params, x, rows):
+        return record_losses(params, x, [chosen[row] for row in rows])
+
     found = [
         alignment_gradient(
-            policy, x, labels, record_losses, params, direction, seeded(seed)
-        )["logits"][stage]
-        for seed in range(400)
+            policy, x[chosen], labels[chosen], losses, params, direction, seeded(seed)
+        )["logits"]
+        for seed in range(500)
     ]
-    return torch.stack(found).mean(dim=0)
+    return torch.stack(found)
+
+
+def test_more_stages_than_records_share_all_of_them(problem):
+    record_losses, params, direction, x, labels = problem
+    found = alignment_gradient(
+        policy_of(stages=3), x[:1], labels[:1], record_losses, params, direction
+    )
+    assert found["logits"].abs().sum(dim=1).min() > 0
+
+
+class OnlyBackward(torch.autograd.Function):
+    """The exponential, without a forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def test_a_layer_without_forward_mode_gives_the_same_numbers(problem):
+    record_losses, params, direction, x, labels = problem
+
+    def gradient_with(function):
+        def losses(params, x, rows):
+            return function(record_losses(params, x, rows))
+
+        return alignment_gradient(
+            policy_of(stages=2), x, labels, losses, params, direction, seeded(5)
+        )
+
+    expected, found = gradient_with(torch.exp), gradient_with(OnlyBackward.apply)
+    assert expected["logits"].abs().max() > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        assert not found[name].requires_grad
 
 
 def test_logit_gradients_of_a_stage_sum_to_zero(problem):
@@ -230,7 +280,7 @@ def test_a_loss_without_the_weights_is_an_error(problem):
             policy_of(),
             x,
             labels,
-            lambda params, x, labels: x.sum(dim=(1, 2)),
+            lambda params, x, rows: x.sum(dim=(1, 2)),
             params,
             direction,
         )

@@ -84,7 +84,7 @@ def train(model, dataset, policy, mode="binary", **settings):
     return trainer
 
 
-@pytest.mark.parametrize("method", ["one_step", "neumann", "darts"])
+@pytest.mark.parametrize("method", ["alignment", "one_step", "neumann", "darts"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_policy_is_learned(name, method):
     dataset = samples_of("binary")
@@ -127,7 +127,7 @@ def test_the_hypergradient_is_the_slope_of_a_replayed_step(name, half, tolerance
     assert_close(gradient, replay.differences(batch, val_batch, draws[0]), tolerance)
 
 
-@pytest.mark.parametrize("method", ["one_step", "neumann"])
+@pytest.mark.parametrize("method", ["alignment", "one_step", "neumann"])
 def test_a_spectrum_of_silence_is_no_obstacle(method):
     """ContraWR's modulus has no derivative where a lead is flat: torch says nan."""
     dataset = samples_of("binary", flat=True)
@@ -141,7 +141,7 @@ def test_a_spectrum_of_silence_is_no_obstacle(method):
 
 
 @pytest.mark.parametrize("mode", ["multiclass", "multilabel", "regression"])
-@pytest.mark.parametrize("method", ["one_step", "darts"])
+@pytest.mark.parametrize("method", ["alignment", "one_step", "darts"])
 def test_shared_magnitudes_serve_any_label(mode, method):
     dataset = samples_of(mode)
     policy = TaskAugPolicy(1, sampling_rate=RATE, shared_magnitudes=True)
@@ -176,3 +176,23 @@ def test_a_policy_of_another_backbone_is_used_as_it_is(name, tmp_path):
         hypergradient=None,
     )
     assert trainer.policy.to_frame().equals(learned.to_frame())
+
+
+@pytest.mark.parametrize(
+    ("mode", "usual"), [("binary", "ranking"), ("multiclass", "model")]
+)
+def test_the_usual_outer_loss_follows_the_label(mode, usual):
+    seen = {}
+    for outer_loss in (None, "ranking", "model") if mode == "binary" else (None, usual):
+        found = seen.setdefault(outer_loss, [])
+        train(
+            model_of("ContraWR", samples_of(mode)),
+            samples_of(mode),
+            TaskAugPolicy(1, sampling_rate=RATE, shared_magnitudes=mode != "binary"),
+            mode,
+            outer_loss=outer_loss,
+            on_hypergradient=lambda g, found=found: found.append(g["logits"]) or g,
+        )
+    assert torch.stack(seen[None]).equal(torch.stack(seen[usual]))
+    if mode == "binary":
+        assert not torch.stack(seen[None]).equal(torch.stack(seen["model"]))

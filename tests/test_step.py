@@ -712,7 +712,7 @@ def test_a_model_that_cannot_be_differentiated_twice_backward_still_learns(
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
-@pytest.mark.parametrize("method", ["one_step", "neumann"])
+@pytest.mark.parametrize("method", ["one_step", "neumann", "alignment"])
 def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     """On records that are not learned by heart, that is.
 

@@ -101,7 +101,7 @@ class TinyNet(BaseModel):
 
     def purpose(self):
         if not torch.is_grad_enabled():
-            return "evaluate"
+            return "enumerate" if self.training else "evaluate"
         return "train" if self.training else "outer"
 
     def ids(self, purpose):
@@ -811,7 +811,8 @@ def test_a_model_without_a_policy_is_refused(train_set):
         ({"warmup_epochs": 1}, r"warmup_epochs=1 of epochs=1: .*never move"),
         ({"warmup_epochs": -1}, r"from 0 to epochs - 1"),
         ({"patience": 0}, "patience must be 1 or more epochs.* got 0"),
-        ({"neumann_terms": 3}, r"'one_step' ignores neumann_terms=3; .*'neumann'"),
+        ({"neumann_terms": 3}, r"'alignment' ignores neumann_terms=3; .*'neumann'"),
+        ({"alignment_records": 0}, "alignment_records must be 1 or more, got 0"),
         (
             {"hypergradient": "darts", "neumann_lr": 0.1},
             "'darts' ignores neumann_lr=0.1",

@@ -4,8 +4,8 @@ A policy's choice is discrete, and a network of ReLUs is only piecewise smooth i
 input: the derivative of ``dL_train/dw`` in the augmented signal exists almost
 everywhere, yet it misses the jumps at the kinks, which for shifts in time and for the
 choice of an operation are most of the effect. Here nothing is differentiated in the
-signal. A few records are passed through EVERY operation, and each record's training
-loss is differentiated along one direction in the weights, the one that would lower the
+signal. Records are passed through EVERY operation, and each record's training loss is
+differentiated along one direction in the weights, the one that would lower the
 validation loss (forward mode, one pass). An operation whose losses fall faster along it
 than the others' pulls the weights where validation wants them.
 """
@@ -23,8 +23,9 @@ from .hypergradient import Tensors
 
 __all__ = ["RecordLosses", "alignment_gradient", "magnitude_signs"]
 
-#: ``record_losses(params, x, labels)`` -> training loss of each record (R,).
-type RecordLosses = Callable[[Tensors, Tensor, Tensor], Tensor]
+#: ``record_losses(params, signals, rows)`` -> training loss of each signal (N,), which
+#: is made of the record that ``rows`` names, a number from 0 to R - 1 each.
+type RecordLosses = Callable[[Tensors, Tensor, list[int]], Tensor]
 
 #: How far, in the unbounded parameter, magnitudes are moved up or down to compare them;
 #: from the middle of an interval 0.6 leads to 0.35 and 0.65 of it.
@@ -55,9 +56,10 @@ def alignment_gradient(
 
     Args:
         policy: with K stages of O operations.
-        x: clean training signals (R, C, T); K O R of them are classified at once.
+        x: clean training signals (R, C, T); every K-th of them is for one stage, and
+            O R augmented signals are classified at once.
         labels: their classes, (R,) or (R, 1).
-        record_losses: training loss of each record at given weights.
+        record_losses: training loss of each signal at given weights.
         params: weights by name.
         direction: v by name.
         generator: source of the operations' noise.
@@ -66,7 +68,7 @@ def alignment_gradient(
         The derivative by the names of the policy's parameters.
 
     Raises:
-        RuntimeError: from torch, if it has no forward mode for a layer of the model.
+        ValueError: if the loss does not use the weights.
 
     Source:
         The inner product of gradients as a data reward: Wang et al., Optimizing data
@@ -78,29 +80,63 @@ def alignment_gradient(
         >>> policy = TaskAugPolicy(1, operations=["no_op", "gaussian_noise"])
         >>> x, labels, w = torch.ones(3, 1, 9), torch.zeros(3), {"w": torch.ones(())}
         >>> h = alignment_gradient(
-        ...     policy, x, labels, lambda p, x, y: p["w"] * x.std(dim=(1, 2)), w, w
+        ...     policy, x, labels, lambda p, x, _: p["w"] * x.std(dim=(1, 2)), w, w
         ... )
         >>> h["logits"].abs().max()  # the noise is in proportion to the spread, 0
         tensor(0.)
     """
-    records, operations = len(x), len(policy.operations)
-    signals, signs = [], []
-    for stage in range(policy.num_stages):
-        draw = policy.sample(x.shape, labels, generator)
-        signs.append(magnitude_signs(labels, operations, generator))
-        signals.append(_variants(policy, stage, x, labels, draw, signs[-1]))
-    copies = policy.num_stages * operations
-    with torch.no_grad(), forward_ad.dual_level():
-        moving = {
-            name: forward_ad.make_dual(params[name], direction[name]) for name in params
-        }
-        tiled = labels.repeat(copies, *[1] * (labels.dim() - 1))
-        losses = record_losses(moving, torch.cat(signals), tiled)
-        slope = forward_ad.unpack_dual(losses).tangent
+    stages, operations = policy.num_stages, len(policy.operations)
+    signals, signs, rows, classes = [], [], [], []
+    for stage in range(stages):
+        # Every K-th record, but all of them where there are fewer than stages.
+        own = slice(stage, None, stages) if len(x) >= stages else slice(None)
+        draw = policy.sample(x[own].shape, labels[own], generator)
+        classes.append(labels[own])
+        signs.append(magnitude_signs(labels[own], operations, generator))
+        signals.append(_variants(policy, stage, x[own], labels[own], draw, signs[-1]))
+        rows += operations * list(range(len(x))[own])
+    slope = _slopes(
+        lambda moving: record_losses(moving, torch.cat(signals), rows),
+        params,
+        direction,
+    )
+    sizes = [len(one) for one in signals]
+    found = [
+        _of_stage(
+            policy, stage, one.reshape(operations, -1), signs[stage], classes[stage]
+        )
+        for stage, one in enumerate(slope.split(sizes))
+    ]
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def _slopes(
+    losses: Callable[[Tensors], Tensor], params: Tensors, direction: Tensors
+) -> Tensor:
+    """Return the derivative of each loss along a direction in the weights."""
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            moving = {
+                name: forward_ad.make_dual(params[name], direction[name])
+                for name in params
+            }
+            slope = forward_ad.unpack_dual(losses(moving)).tangent
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # torch has no forward mode for a layer of the model
+        slope = _slopes_in_reverse(losses, params, direction)
     if slope is None:
         raise ValueError("The training loss does not depend on the weights given.")
-    slope = slope.reshape(policy.num_stages, operations, records)
-    return _to_parameters(policy, slope, torch.stack(signs), labels)
+    return slope
+
+
+def _slopes_in_reverse(losses, params, direction) -> Tensor:
+    def in_order(*weights: Tensor) -> Tensor:
+        return losses(dict(zip(params, weights, strict=True)))
+
+    weights = tuple(params.values())
+    tangents = tuple(direction[name] for name in params)
+    return torch.autograd.functional.jvp(in_order, weights, tangents)[1]
 
 
 def magnitude_signs(
@@ -133,23 +169,22 @@ def magnitude_signs(
     return torch.empty_like(place).scatter(1, order, 2.0 * alternating - 1)
 
 
-def _to_parameters(
-    policy: TaskAugPolicy, slope: Tensor, signs: Tensor, labels: Tensor
+def _of_stage(
+    policy: TaskAugPolicy, stage: int, slope: Tensor, signs: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Turn slopes and signs (K, O, R) into the derivative in logits and magnitudes."""
-    probability = policy.probabilities()
-    value = slope.mean(dim=-1)
-    mean = (probability * value).sum(dim=-1, keepdim=True)
-    result = {"logits": -probability * (value - mean)}
-    others = (slope.sum(dim=1, keepdim=True) - slope) / max(slope.shape[1] - 1, 1)
-    weight = (probability * policy.has_magnitude)[..., None] / MAGNITUDE_STEP
-    change = -weight * signs * (slope - others)
+    """Turn slopes and signs (O, R') into a stage's derivative, (O,) by parameter."""
+    probability = policy.probabilities()[stage]
+    value = slope.mean(dim=1)
+    result = {"logits": -probability * (value - probability @ value)}
+    others = (slope.sum(dim=0) - slope) / max(len(slope) - 1, 1)
+    weight = probability * policy.has_magnitude / MAGNITUDE_STEP
+    change = -weight[:, None] * signs * (slope - others)
     if policy.shared_magnitudes:
-        return result | {"mag_neg": change.mean(dim=-1)}
+        return result | {"mag_neg": change.mean(dim=1)}
     share = labels.reshape(-1).to(change)
     return result | {
-        "mag_neg": (change * (1 - share)).mean(dim=-1),
-        "mag_pos": (change * share).mean(dim=-1),
+        "mag_neg": (change * (1 - share)).mean(dim=1),
+        "mag_pos": (change * share).mean(dim=1),
     }
 
 

@@ -67,6 +67,7 @@ class RunSettings:
         outer_lr: learning rate of the policy.
         hypergradient: how the policy's derivative is formed.
         outer_loss: what the policy lowers: "model", "ranking" or "calibrated".
+        alignment_records: training records that "alignment" enumerates in a step.
         warmup_epochs: first epochs without a step of the policy.
         seed: of initial weights, order of the records and the policy's draws.
         device: "cpu", "cuda" or None for the best there is.
@@ -89,9 +90,10 @@ class RunSettings:
     epochs: int = 10
     batch_size: int = 64
     lr: float = 1e-3
-    outer_lr: float = 1e-2
-    hypergradient: OuterMethod = "one_step"
-    outer_loss: Literal["model", "ranking", "calibrated"] = "model"
+    outer_lr: float = 3e-2
+    hypergradient: OuterMethod = "alignment"
+    outer_loss: Literal["model", "ranking", "calibrated"] = "ranking"
+    alignment_records: int = 64
     warmup_epochs: int = 1
     seed: int = 0
     device: str | None = None
@@ -355,6 +357,7 @@ def _train(
         warmup_epochs=settings.warmup_epochs,
         hypergradient=settings.hypergradient if settings.policy == "learned" else None,
         outer_loss=settings.outer_loss,
+        alignment_records=settings.alignment_records,
         on_epoch=lambda trainer: _write_table(
             folder / "history.csv", pd.DataFrame(trainer.history)
         ),

@@ -114,7 +114,8 @@ class BiLevelStep:
             test time, or those of the "batch".
         outer_loss: what the policy lowers: the "model"'s own loss, or a name of
             :data:`~pyhealth.bilevel.outer_loss.OUTER_LOSSES`.
-        alignment_records: training records that "alignment" enumerates in a step.
+        alignment_records: training records that "alignment" enumerates in a step,
+            shared out among the policy's stages.
         average: over the processes that each take a part of a batch, see
             :class:`~pyhealth.bilevel.distributed.Processes`; default one process.
         keep_graph: keep the graph of the inner step's gradient and differentiate it
@@ -156,7 +157,7 @@ class BiLevelStep:
         neumann_lr: float | None = None,
         val_statistics: Literal["running", "batch"] = "running",
         outer_loss: str = "model",
-        alignment_records: int = 16,
+        alignment_records: int = 64,
         average: Average | None = None,
         keep_graph: bool = True,
         precision: Literal["fp32", "bf16"] = "fp32",
@@ -374,10 +375,9 @@ class BiLevelStep:
         )
         direction = {name: slope[name] * gradients[name] for name in after}
 
-        def record_losses(params: Tensors, x: Tensor, labels: Tensor) -> Tensor:
-            copies = _repeated(batch, self.alignment_records, len(x))
-            copies |= {self.input_key: x, self.label_key: labels}
-            output = self._pure_output(params, copies, seed, training=True)
+        def record_losses(params: Tensors, x: Tensor, rows: list[int]) -> Tensor:
+            chosen = {**_rows_of(batch, rows), self.input_key: x}
+            output = self._pure_output(params, chosen, seed, training=True)
             per_record = self.model.get_loss_function()(
                 output["logit"], output["y_true"], reduction="none"
             )
@@ -575,14 +575,12 @@ class BiLevelStep:
         return int(seed.item())
 
 
-def _repeated(batch: Batch, records: int, count: int) -> dict[str, object]:
-    """Return ``count`` records: the batch's first ``records``, over and over."""
-    size = min(records, len(next(iter(batch.values()))))
-    copies = -(-count // size)
+def _rows_of(batch: Batch, rows: list[int]) -> dict[str, object]:
+    """Return the batch of the given rows, which may come more than once."""
     return {
-        key: value[:size].repeat(copies, *[1] * (value.dim() - 1))[:count]
+        key: value[torch.as_tensor(rows, device=value.device)]
         if isinstance(value, Tensor)
-        else (list(value[:size]) * copies)[:count]
+        else [value[row] for row in rows]
         for key, value in batch.items()
     }
 

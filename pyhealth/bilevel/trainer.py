@@ -98,8 +98,10 @@ class BiLevelTrainer(Trainer):
             and the model's label is not binary.
 
     Source:
-        Raghu et al., CHIL 2022, algorithm 1. Departures: the exact one-step derivative
-        by default; the validation forward uses the running statistics, as at test time.
+        Raghu et al., CHIL 2022, algorithm 1. Departures: the derivative of one inner
+        step, by enumeration or exactly through the signals; a ranking loss on the
+        validation data; the validation forward uses the running statistics, as at test
+        time.
 
     Examples:
         >>> trainer = BiLevelTrainer(model, metrics=["roc_auc"])  # doctest: +SKIP
@@ -159,17 +161,17 @@ class BiLevelTrainer(Trainer):
         test_dataloader: DataLoader | None = None,
         epochs: int = 5,
         inner_lr: float = 1e-3,
-        outer_lr: float = 1e-2,
+        outer_lr: float = 3e-2,
         warmup_epochs: int = 1,
-        hypergradient: OuterMethod | None = "one_step",
+        hypergradient: OuterMethod | None = "alignment",
         neumann_terms: int = 1,
         neumann_lr: float | None = None,
         outer_every: int = 1,
         accumulate: int = 1,
         policy_dataloader: DataLoader | None = None,
         val_statistics: Literal["running", "batch"] = "running",
-        outer_loss: Literal["model", "ranking", "calibrated"] = "model",
-        alignment_records: int = 16,
+        outer_loss: Literal["model", "ranking", "calibrated"] | None = None,
+        alignment_records: int = 64,
         micro_batch: int | None = None,
         weight_decay: float = 0.0,
         monitor: str = "roc_auc",
@@ -194,9 +196,10 @@ class BiLevelTrainer(Trainer):
             inner_lr: learning rate of the weights (Adam).
             outer_lr: learning rate of the policy (Adam).
             warmup_epochs: first epochs without outer steps.
-            hypergradient: "one_step", "neumann" or "darts", see
-                :func:`~pyhealth.bilevel.hypergradient.hypergradient`; "alignment", see
-                :func:`~pyhealth.bilevel.alignment.alignment_gradient`; None keeps the
+            hypergradient: "alignment", see
+                :func:`~pyhealth.bilevel.alignment.alignment_gradient`; "one_step",
+                "neumann" or "darts", see
+                :func:`~pyhealth.bilevel.hypergradient.hypergradient`; None keeps the
                 policy as it is (or, if ``model.train_policy_jointly``, trains it on the
                 training loss, for comparison).
             neumann_terms: Hessian products of "neumann".
@@ -209,8 +212,11 @@ class BiLevelTrainer(Trainer):
             val_statistics: "running" or "batch" BatchNorm statistics in the outer loss.
             outer_loss: what the policy lowers on the validation data: the "model"'s
                 own loss, or "ranking" or "calibrated", see
-                :mod:`pyhealth.bilevel.outer_loss`.
-            alignment_records: training records that "alignment" enumerates in a step.
+                :mod:`pyhealth.bilevel.outer_loss`; default "ranking" where the label is
+                binary, else "model".
+            alignment_records: training records that "alignment" enumerates in a step,
+                shared out among the stages; each costs about as much as eight records
+                of a training step.
             micro_batch: largest number of records in one pass, to save memory, with
                 the same numbers; see :class:`~pyhealth.bilevel.step.BiLevelStep` for
                 what can be split.
@@ -244,12 +250,14 @@ class BiLevelTrainer(Trainer):
                 are then those of the best epoch), or a Neumann series diverges.
             TrainingInterrupted: after a signal.
         """
+        outer_loss = outer_loss or self._usual_outer_loss()
         arguments = dict(locals())
         self._check(hypergradient, val_statistics, outer_loss)
         _check_counts(
             epochs=epochs,
             outer_every=outer_every,
             accumulate=accumulate,
+            alignment_records=alignment_records,
             checkpoint_every=1 if checkpoint_every is None else checkpoint_every,
             max_bad_steps=max_bad_steps,
         )
@@ -404,6 +412,11 @@ class BiLevelTrainer(Trainer):
                 "hypergradient='darts' with class-specific magnitudes rewards a policy "
                 "that writes the label into the signal. It is for comparison only."
             )
+
+    def _usual_outer_loss(self) -> str:
+        # Ranking pairs the records of two classes; other labels have none to pair.
+        binary = getattr(self.model, "mode", None) == "binary"
+        return "ranking" if binary else "model"
 
     def _run_epoch(
         self,
