@@ -9,13 +9,17 @@ the unperturbed step: that they too depend on the policy is not part of the defi
 from __future__ import annotations
 
 import logging
+import os
 import random
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pyhealth.models.base_model import BaseModel
+from test_ptbxl import published
 from torch import nn
 
 from pyhealth.bilevel import alignment
@@ -25,6 +29,7 @@ from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.models.taskaug_resnet import TaskAugResNet
+from pyhealth.processors.ecg_processor import ECGProcessor
 
 LEADS, LENGTH, RATE = 3, 100, 50
 #: Half the interval of the central difference. The weights' gradient jumps where a ReLU
@@ -711,6 +716,39 @@ def test_a_model_that_cannot_be_differentiated_twice_backward_still_learns(
     assert len(told) == 1 and "only once in reverse mode" in told[0]
 
 
+def bf16_and_float32(model, batches, method, keep_graph=True):
+    """The same hypergradient in both precisions, after ten inner steps in float32."""
+    model.augment = False
+    found = []
+    for precision in ("bf16", "fp32"):
+        copy = deepcopy(model)
+        params = classifier_parameters(copy, copy.policy)
+        step = BiLevelStep(
+            copy,
+            copy.policy,
+            params,
+            torch.optim.Adam(params.values(), lr=1e-3),
+            "ecg",
+            "label",
+            torch.Generator().manual_seed(0),
+            method=method,
+            keep_graph=keep_graph,
+            neumann_lr=1e-3,
+        )
+        for _ in range(10):
+            step.inner(batches[0])
+        step.precision = precision
+        _, gradient = step.inner_and_outer(*batches)
+        assert step.keep_graph == keep_graph  # autocast made nothing fall back
+        result = copy.eval()(**batches[1])
+        assert result["y_prob"].dtype == result["loss"].dtype == torch.float32
+        found.append(torch.cat([value.flatten() for value in gradient.values()]))
+    rounded, exact = found
+    assert rounded.dtype == torch.float32
+    assert not rounded.equal(exact)  # it did compute in bf16
+    return rounded, exact
+
+
 @pytest.mark.parametrize("keep_graph", [True, False])
 @pytest.mark.parametrize("method", ["one_step", "neumann", "alignment"])
 def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
@@ -719,44 +757,36 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     With clean labels, where the loss and the hypergradient nearly vanish, the cosine of
     this same network was 0.86: rounding is then no longer small beside them.
     """
-
-    def hypergradient_in(precision):
-        torch.manual_seed(0)
-        model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
-        model.augment = False
-        params = classifier_parameters(model, model.policy)
-        optimizer = torch.optim.Adam(params.values(), lr=1e-3)
-        generator = torch.Generator().manual_seed(0)
-        settings = {"method": method, "keep_graph": keep_graph, "neumann_lr": 1e-3}
-        step = BiLevelStep(
-            model,
-            model.policy,
-            params,
-            optimizer,
-            "ecg",
-            "label",
-            generator,
-            **settings,
-        )
-        batches = [batch_of(64, seed) for seed in range(2)]
-        for batch in batches:
-            flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
-            label = torch.where(flipped[:, None], 1 - batch["label"], batch["label"])
-            batch.update(ecg=batch["ecg"].float(), label=label.float())
-        for _ in range(10):
-            step.inner(batches[0])
-        step.precision = precision
-        _, gradient = step.inner_and_outer(*batches)
-        assert step.keep_graph == keep_graph  # autocast made nothing fall back
-        result = model.eval()(**batches[1])
-        assert result["y_prob"].dtype == result["loss"].dtype == torch.float32
-        return torch.cat([value.flatten() for value in gradient.values()])
-
-    exact, rounded = hypergradient_in("fp32"), hypergradient_in("bf16")
-
-    assert rounded.dtype == torch.float32
-    assert not rounded.equal(exact)  # it did compute in bf16
+    torch.manual_seed(0)
+    model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
+    batches = [batch_of(64, seed) for seed in range(2)]
+    for batch in batches:
+        flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
+        label = torch.where(flipped[:, None], 1 - batch["label"], batch["label"])
+        batch.update(ecg=batch["ecg"].float(), label=label.float())
+    rounded, exact = bf16_and_float32(model, batches, method, keep_graph)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
+
+
+@published("PTBXL_ROOT")
+@pytest.mark.parametrize(
+    ("method", "cosine"), [("alignment", 0.98), ("one_step", 0.95), ("neumann", 0.95)]
+)
+def test_bf16_hypergradient_of_published_records(dataset, method, cosine):
+    """benchmarks/precision.py asks more pairs: some of the last two lie lower."""
+    root = Path(os.environ["PTBXL_ROOT"])
+    table = pd.read_csv(root / "ptbxl_database.csv").head(128)
+    processor = ECGProcessor(100, 1000, "lead")
+    ecg = torch.stack([processor.process(root / path) for path in table["filename_lr"]])
+    normal = torch.tensor(table["scp_codes"].str.contains("NORM").to_numpy())
+    label = normal.float()[:, None]
+    batches = [
+        {"ecg": ecg[half], "label": label[half]} for half in (slice(64), slice(64, 128))
+    ]
+    torch.manual_seed(0)
+    model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
+    rounded, exact = bf16_and_float32(model, batches, method)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
 
 
 def test_unknown_precision_is_an_error(smooth):

@@ -321,6 +321,15 @@ def test_joint_training_moves_the_policy_on_the_training_loss(
     assert (bytes_of(trainer.policy) != before) == jointly
 
 
+def test_weight_decay_is_not_for_the_policy(train_set, loaders):
+    trainer = trainer_of(resnet(train_set, train_policy_jointly=True))
+    trainer.policy.randomize_(torch.Generator().manual_seed(0))
+    before = trainer.policy.logits.detach().clone()
+    trainer.train(*loaders, epochs=1, hypergradient=None, weight_decay=100.0)
+    # Decayed by far more than their gradient, all of them would shrink.
+    assert not (trainer.policy.logits.abs() < before.abs()).all()
+
+
 def test_policy_without_stages_trains_as_pyhealths_own_trainer(train_set, val_set):
     plain, bilevel = (resnet(train_set, policy_stages=0) for _ in range(2))
     for trainer in (

@@ -220,7 +220,7 @@ class BiLevelTrainer(Trainer):
             micro_batch: largest number of records in one pass, to save memory, with
                 the same numbers; see :class:`~pyhealth.bilevel.step.BiLevelStep` for
                 what can be split.
-            weight_decay: L2 penalty of the weights.
+            weight_decay: L2 penalty of the weights, not of the policy.
             monitor: validation score that picks the best epoch.
             monitor_criterion: whether the "max" or "min" of it is best.
             load_best_model_at_last: end with the best epoch's weights and policy.
@@ -297,7 +297,9 @@ class BiLevelTrainer(Trainer):
         joint = hypergradient is None and getattr(
             self.model, "train_policy_jointly", False
         )
-        trained = [*params.values(), *(self.policy.parameters() if joint else ())]
+        trained = [{"params": [*params.values()], "weight_decay": weight_decay}]
+        if joint:
+            trained.append({"params": [*self.policy.parameters()]})
         step = BiLevelStep(
             self.model,
             self.policy,
@@ -305,7 +307,6 @@ class BiLevelTrainer(Trainer):
             torch.optim.Adam(
                 trained,
                 lr=inner_lr,
-                weight_decay=weight_decay,
                 fused=self.policy.logits.is_cuda or None,
             ),
             self.input_key,
