@@ -20,11 +20,12 @@ PATIENTS = 400
 #: What differs between the rows. The magnitudes are a class's own unless shared.
 CONFIGURATIONS = {
     "random frozen": {"policy": "random"},
+    "alignment": {"hypergradient": "alignment"},
     "one_step": {"hypergradient": "one_step"},
     "neumann": {"hypergradient": "neumann"},
     "darts": {"hypergradient": "darts"},
     "joint": {"policy": "joint"},
-    "one_step, shared": {"hypergradient": "one_step", "shared_magnitudes": True},
+    "alignment, shared": {"hypergradient": "alignment", "shared_magnitudes": True},
     "darts, shared": {"hypergradient": "darts", "shared_magnitudes": True},
 }
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--outer_lr", type=float, default=1e-2)
+    parser.add_argument("--outer_lr", type=float, default=3e-2)
     arguments = parser.parse_args()
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 

@@ -1,6 +1,7 @@
 """Measure what a step of bi-level training costs: ``make bench``.
 
     python benchmarks/speed.py [--quick]
+    python benchmarks/speed.py --table      # prints what was measured last
 
 The variants of a round run one after the other, and every figure is the median over
 rounds of a ratio within a round, so that other load on the machine falls on both sides.
@@ -28,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from authors_design import AuthorsDesign, Conv1dResNet
+from markdown_table import markdown
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
@@ -177,12 +179,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="records; 64, or 16 if quick")
     parser.add_argument("--rounds", type=int, help="measured rounds; 2, or 1 if quick")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--table", action="store_true", help="print the last result")
     parser.add_argument("--peak-of", choices=("plain", "one_step", "lean", "pieces"))
     arguments = parser.parse_args()
     batch = arguments.batch or (16 if arguments.quick else 64)
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         print(peak(arguments.peak_of, batch))
+        return
+    if arguments.table:
+        print(document(json.loads(RESULTS.read_text())))
         return
     rounds = arguments.rounds or (1 if arguments.quick else 2)
     slow = "AVX512" not in torch.backends.cpu.get_cpu_capability()
@@ -194,18 +200,22 @@ def main() -> None:
     )
     rows += peaks(batch)
     rows += starts(rounds)
-    print(f"{'what':52}{'target':>10}{'measured':>10}  spread")
-    for row in rows:
-        sign = ">=" if row["more_is_better"] else "<="
-        target = "-" if row["target"] is None else sign + format(row["target"], "g")
-        met = "  missed" if row["met"] is False else ""
-        print(
-            f"{row['what']:52}{target:>10}{row['median']:>10.3g}"
-            f"  {row['low']:.3g}-{row['high']:.3g}{met}"
-        )
     RESULTS.parent.mkdir(exist_ok=True)
     content = {**machine(), "rows": rows}
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+    print(document(content))
+
+
+def document(content: dict) -> str:
+    """Return the table in Markdown, as docs/speed.md has it."""
+    lines = []
+    for row in content["rows"]:
+        sign = "≥" if row["more_is_better"] else "≤"
+        target = "" if row["target"] is None else f"{sign} {row['target']:g}"
+        measured = f"{row['median']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+        verdict = {None: "", True: "met", False: "missed"}[row["met"]]
+        lines.append([row["what"], target, measured, verdict])
+    return markdown(["what", "target", "measured", ""], lines)
 
 
 def timings(names: set[str], batch: int, rounds: int) -> list[dict[str, float]]:
