@@ -17,6 +17,8 @@ import argparse
 import os
 from pathlib import Path
 
+from rows import Rows
+
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 STEPS = ("truth", "direction", "result", "table")
@@ -32,17 +34,14 @@ SETTINGS = {
 def main() -> None:
     arguments = parse_arguments()
     import torch
-    from recovery_tables import kept_plants, print_tables
-    from rows import Rows
+    from recovery_document import documents
+    from recovery_tables import kept_plants, valid_plants
 
     torch.set_num_threads(arguments.threads)
     name = "synthetic" if arguments.data_root is None else "real"
-    rows = {
-        step: Rows(Path(arguments.output) / f"recovery_{step}_{name}.jsonl")
-        for step in STEPS[:3]
-    }
+    rows = rows_of(Path(arguments.output), name)
     if arguments.step == "table":
-        print_tables(rows)
+        print(*documents(rows), sep="\n\n")
         return
     from recovery_data import cohort
 
@@ -54,9 +53,10 @@ def main() -> None:
     elif arguments.step == "direction":
         from recovery_direction import run_direction
 
-        run_direction(
-            data, kept_plants(rows["truth"]), rows["direction"], arguments.seeds
-        )
+        # An estimator can be right or wrong only where the truth is plain.
+        pairs = (plant.split("/") for plant in valid_plants(rows["truth"]))
+        plants = {operation: float(magnitude) for operation, magnitude in pairs}
+        run_direction(data, plants, rows["direction"], arguments.seeds)
     else:
         from recovery_result import run_result
 
@@ -68,6 +68,11 @@ def main() -> None:
             arguments.configurations,
             **SETTINGS,
         )
+
+
+def rows_of(folder: Path, name: str) -> dict[str, Rows]:
+    """Return the stored rows of each step, of the corpus of this name."""
+    return {step: Rows(folder / f"recovery_{step}_{name}.jsonl") for step in STEPS[:3]}
 
 
 def parse_arguments() -> argparse.Namespace:

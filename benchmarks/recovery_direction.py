@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from recovery_data import VAL_SEED, Cohort, Part
+from recovery_data import BATCH_SIZE, VAL_SEED, Cohort, Part
 from recovery_truth import new_model
 from rows import Rows
 from torch import Tensor
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 
 #: Epochs of the run with the uniform policy at whose ends the estimators are asked.
-CHECKPOINTS = (4, 12)
+CHECKPOINTS = (8,)
 #: Pairs of a training and a validation batch at each of them.
 PAIRS = 16
 INNER_LR = 1e-3
@@ -29,10 +29,12 @@ class Estimator:
     Attributes:
         settings: of :class:`~pyhealth.bilevel.step.BiLevelStep`.
         policy: of :class:`~pyhealth.models.taskaug_policy.TaskAugPolicy`.
+        val_records: validation records a pair.
     """
 
     settings: Mapping = field(default_factory=dict)
     policy: Mapping = field(default_factory=lambda: {"shared_magnitudes": True})
+    val_records: int = BATCH_SIZE
 
 
 ESTIMATORS = {
@@ -70,6 +72,12 @@ ESTIMATORS = {
     ),
     "alignment, ranking, class-specific": Estimator(
         {"method": "alignment", "outer_loss": "ranking"}, {}
+    ),
+    "alignment, ranking, 16 training records": Estimator(
+        {"method": "alignment", "outer_loss": "ranking", "alignment_records": 16}
+    ),
+    "alignment, ranking, 256 validation records": Estimator(
+        {"method": "alignment", "outer_loss": "ranking"}, val_records=256
     ),
 }
 
@@ -119,6 +127,8 @@ def run_direction(
 
 
 def step_of(model, seed: int, estimator: Estimator, optimizer=None) -> BiLevelStep:
+    """Return a step of the estimator that goes on from an optimiser's state."""
+    model.augment = False  # the step augments, not the model
     params = classifier_parameters(model, model.policy)
     own = torch.optim.Adam(params.values(), lr=INNER_LR)
     if optimizer is not None:
@@ -149,11 +159,17 @@ def _ask(
         policy = type(model.policy)(1, sampling_rate=100, **estimator.policy)
         model.policy = policy
         step = step_of(model, pair, estimator, run.optimizer)
-        batches = [batch_of(part, generator) for part in (train, val)]
+        batches = (
+            batch_of(train, generator),
+            batch_of(val, generator, estimator.val_records),
+        )
         seen.append(step.inner_and_outer(*batches)[1]["logits"][0])
     return seen
 
 
-def batch_of(part: Part, generator: torch.Generator) -> dict[str, Tensor]:
-    rows = torch.randperm(len(part.label), generator=generator)[:64]
+def batch_of(
+    part: Part, generator: torch.Generator, records: int = BATCH_SIZE
+) -> dict[str, Tensor]:
+    """Return a batch of records drawn without replacement."""
+    rows = torch.randperm(len(part.label), generator=generator)[:records]
     return {"ecg": part.ecg[rows], "label": part.label[rows]}

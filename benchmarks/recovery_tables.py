@@ -35,8 +35,13 @@ def truth_frame(rows: Iterable[Mapping]) -> pd.DataFrame:
 
 
 def truth_table(rows: Iterable[Mapping]) -> pd.DataFrame:
-    """Return one row a plant: mean AUROC by forced operation, gain and its z."""
+    """Return one row a plant: mean AUROC by forced operation, gain and its z.
+
+    Only seeds with which every operation was forced count.
+    """
     frame = truth_frame(rows)
+    forced = frame.groupby("seed")["forced"].transform("nunique")
+    frame = frame[forced == forced.max()]
     table = frame.pivot_table("auroc", "plant", "forced", sort=False)
     table["gain"] = np.nan
     table["z"] = np.nan
@@ -82,41 +87,36 @@ def valid_plants(rows: Iterable[Mapping]) -> list[str]:
 
 
 def direction_table(rows: Iterable[Mapping], truth: Iterable[Mapping]) -> pd.DataFrame:
-    """Return one row an estimator, epoch and plant: z, rank, agreement, repeatability.
+    """Return one row an estimator and plant: z, rank, agreement, repeatability.
 
     z is that of the planted operation's derivative of the logit (its sign so that
     positive means "raise it") over batch pairs; rank is its place among the operations;
     agreement is Spearman's correlation with the truth by force; halves is the cosine
-    between the means of two halves of the pairs.
+    between the means of two halves of the pairs. Each is formed at one point of one run
+    and averaged over the runs.
     """
     truth = truth_table(truth)
-    grouped: dict[tuple, list] = {}
-    for row in rows:
-        key = (row["estimator"], row["epoch"], row["plant"])
-        grouped.setdefault(key, []).extend(row["logits"])
     lines = []
-    for (estimator, epoch, plant), logits in grouped.items():
-        raised = -np.array(logits)
+    for row in rows:
+        raised = -np.array(row["logits"])
         mean = raised.mean(axis=0)
-        column = list(OPERATIONS).index(plant.split("/")[0])
+        column = list(OPERATIONS).index(row["plant"].split("/")[0])
         halves = raised[::2].mean(axis=0), raised[1::2].mean(axis=0)
+        lengths = [np.linalg.norm(half) for half in halves]
         lines.append(
             {
-                "estimator": estimator,
-                "epoch": epoch,
-                "plant": plant,
+                "estimator": row["estimator"],
+                "plant": row["plant"],
                 "z": mean[column] / stats.sem(raised[:, column]),
                 "rank": 1 + int((mean > mean[column]).sum()),
                 "agreement": stats.spearmanr(
-                    mean, truth.loc[plant, list(OPERATIONS)]
+                    mean, truth.loc[row["plant"], list(OPERATIONS)]
                 ).statistic,
-                "halves": halves[0]
-                @ halves[1]
-                / np.linalg.norm(halves[0])
-                / np.linalg.norm(halves[1]),
+                "halves": halves[0] @ halves[1] / lengths[0] / lengths[1],
             }
         )
-    return pd.DataFrame(lines)
+    keys = ["estimator", "plant"]
+    return pd.DataFrame(lines).groupby(keys, sort=False).mean().reset_index()
 
 
 def result_table(rows: Iterable[Mapping], truth: Iterable[Mapping]) -> pd.DataFrame:
@@ -125,46 +125,29 @@ def result_table(rows: Iterable[Mapping], truth: Iterable[Mapping]) -> pd.DataFr
     Gains are differences of the planted test AUROC, paired by seed, with half the width
     of a 95 % interval of Student's t.
     """
-    frame = truth_frame(truth).set_index(["plant", "forced", "seed"])["auroc"]
-    by_plant: dict[str, dict[str, list]] = {}
-    for row in rows:
-        by_plant.setdefault(row["plant"], {}).setdefault(
-            row["configuration"], []
-        ).append(row)
+    rows, truth = sorted(rows, key=lambda row: row["seed"]), list(truth)
+    auroc = truth_frame(truth).set_index(["plant", "forced", "seed"])["auroc"]
     lines = []
-    for plant, runs in by_plant.items():
-        operation = plant.split("/")[0]
-        line = {"plant": plant, "seeds": len(runs["learned"])}
-        for configuration, done in runs.items():
-            values = [row["probability"][operation] for row in done]
-            line[f"probability, {configuration}"] = np.mean(values)
+    for operation, magnitude in kept_plants(truth).items():
+        plant = f"{operation}/{magnitude:g}"
+        runs = [row for row in rows if row["plant"] == plant]
+        learned = [row for row in runs if row["configuration"] == "learned"]
+        if not learned:
+            continue
+        line = {"plant": plant, "seeds": len(learned)}
+        for name in dict.fromkeys(row["configuration"] for row in runs):
+            line[name] = [
+                row["probability"][operation]
+                for row in runs
+                if row["configuration"] == name
+            ]
+        line["p values"] = [row["p_value"] for row in learned]
         for other in (NO_OP, UNIFORM):
             gains = [
-                row["auroc"]["planted"] - frame[plant, other, row["seed"]]
-                for row in runs["learned"]
+                row["auroc"]["planted"] - auroc[plant, other, row["seed"]]
+                for row in learned
             ]
-            line[f"gain over {other}"] = np.mean(gains)
-            line[f"+- ({other})"] = stats.sem(gains) * stats.t.ppf(
-                0.975, len(gains) - 1
-            )
+            line[f"over {other}"] = np.mean(gains)
+            line[f"+- {other}"] = stats.sem(gains) * stats.t.ppf(0.975, len(gains) - 1)
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def print_tables(rows: Mapping[str, Iterable[Mapping]]) -> None:
-    """Print what is there."""
-    truth = list(rows["truth"])
-    with pd.option_context("display.width", 250, "display.max_columns", 30):
-        print("Test AUROC with each operation forced in training, by nuisance")
-        print(truth_table(truth).round(3).to_string())
-        print("\nPlants that the planted operation wins:", valid_plants(truth))
-        if list(rows["direction"]):
-            table = direction_table(rows["direction"], truth)
-            print("\nWhere the estimators point")
-            print(table.round(2).to_string(index=False))
-            means = table.groupby(["estimator", "epoch"], sort=False)
-            shown = means[["z", "rank", "agreement", "halves"]].mean()
-            print(shown.round(2).to_string())
-        if list(rows["result"]):
-            print("\nWhat training ends in")
-            print(result_table(rows["result"], truth).round(3).to_string(index=False))

@@ -1,0 +1,34 @@
+"""The documents quote what the benchmarks measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
+def test_the_speed_table_is_the_measured_one():
+    from speed import document
+
+    content = json.loads((RESULTS / "speed.json").read_text())
+    assert len(content["rows"]) == 16
+    assert document(content) in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_the_recovery_tables_are_the_measured_ones():
+    from recovery import rows_of
+    from recovery_document import documents
+
+    *tables, summary = documents(rows_of(RESULTS, "real"))
+    assert len(tables) == 3
+    text = (ROOT / "docs" / "recovery.md").read_text()
+    assert all(table in text for table in tables)
+    assert summary in (ROOT / "README.md").read_text()
