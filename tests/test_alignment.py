@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from pyhealth.bilevel import alignment
 from pyhealth.bilevel.alignment import (
@@ -263,6 +264,20 @@ def test_a_layer_without_forward_mode_gives_the_same_numbers(problem):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
         assert not found[name].requires_grad
+
+
+def test_a_layer_that_cannot_be_differentiated_twice_is_an_error(problem):
+    """Left to itself, torch drops what lies below such a layer from the derivative."""
+    record_losses, params, direction, x, labels = problem
+
+    class Once(OnlyBackward):
+        backward = staticmethod(once_differentiable(OnlyBackward.backward))
+
+    def losses(params, x, rows):
+        return record_losses({n: Once.apply(p) for n, p in params.items()}, x, rows)
+
+    with pytest.raises(RuntimeError, match="only once in reverse mode"):
+        alignment_gradient(policy_of(), x, labels, losses, params, direction)
 
 
 def test_logit_gradients_of_a_stage_sum_to_zero(problem):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pyhealth.bilevel import BiLevelTrainer, hypergradient, inner_step_of
 from pyhealth.bilevel.distributed import Processes
 from pyhealth.bilevel.interruption import TrainingInterrupted
+from pyhealth.bilevel.outer_loss import OUTER_LOSSES
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset, get_dataloader
 from pyhealth.models.taskaug_policy import TaskAugPolicy
@@ -228,6 +229,11 @@ def reference(dataset, norm, batch, val_batch, **settings):
 
     def val_loss(params):
         model.eval()
+        if settings.get("outer_loss"):
+            output = functional_call(model, {**params}, kwargs=val_batch)
+            return OUTER_LOSSES[settings["outer_loss"]](
+                output["logit"], output["y_true"]
+            )
         total = sum(
             len(share["ecg"]) * functional_call(model, {**params}, kwargs=share)["loss"]
             for share in val_batches
@@ -259,8 +265,13 @@ def set_buffers(model, flat):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"method": "neumann", "neumann_terms": 2, "neumann_lr": 0.1}],
-    ids=["one_step", "neumann"],
+    [
+        {},
+        {"outer_loss": "ranking"},
+        {"outer_loss": "calibrated"},
+        {"method": "neumann", "neumann_terms": 2, "neumann_lr": 0.1},
+    ],
+    ids=["one_step", "ranking", "calibrated", "neumann"],
 )
 def test_two_processes_give_the_hypergradient_of_the_union_batch(
     train_set, norm, settings
@@ -270,7 +281,7 @@ def test_two_processes_give_the_hypergradient_of_the_union_batch(
     def work(index):
         processes = Processes("cpu")
         step = step_of(train_set, norm, index, **settings)
-        step.average = processes.average
+        step.average, step.gather = processes.average, processes.gather
         loss, gradient = step.inner_and_outer(
             processes.share(batch, 9), processes.share(val_batch, 7)
         )
@@ -293,6 +304,24 @@ def test_two_processes_give_the_hypergradient_of_the_union_batch(
     _, own = alone.inner_and_outer(shares_of(batch)[0], shares_of(val_batch)[0])
     difference = own["logits"] - expected["logits"]
     assert difference.norm() > 1e-2 * expected["logits"].norm()  # a share is not all
+
+
+def test_shares_of_one_class_are_ranked_with_the_others(train_set):
+    batch, val_batch = batch_of(8, 0), batch_of(6, 1)
+    order = val_batch["label"].flatten().argsort()
+    val_batch = {name: value[order] for name, value in val_batch.items()}
+
+    def work(index):
+        processes = Processes("cpu")
+        settings = {"method": "alignment", "outer_loss": "ranking"}
+        step = step_of(train_set, False, index, **settings)
+        step.average, step.gather = processes.average, processes.gather
+        shares = processes.share(batch, 8), processes.share(val_batch, 6)
+        return step.inner_and_outer(*shares)[1]["logits"].tolist()
+
+    first, second = launched(work)
+    assert first == second
+    assert torch.tensor(first).abs().max() > 1e-6
 
 
 # A whole run

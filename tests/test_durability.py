@@ -503,7 +503,7 @@ class Wider(Net):
     [
         ({"inner_lr": 0.02}, "argument inner_lr 0.01, this one has 0.02"),
         ({"accumulate": 3}, "argument accumulate 2, this one has 3"),
-        ({"hypergradient": None}, "argument hypergradient 'one_step', .* None"),
+        ({"hypergradient": None}, "argument hypergradient 'alignment', .* None"),
         ({"seed": 1}, "argument seed 0, this one has 1"),
         ({"policy": {"num_stages": 2}}, "policy num_stages 1, this one has 2"),
         (

@@ -88,7 +88,9 @@ def test_gradient_is_that_of_finite_differences(scores, name):
         assert moved.grad[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-def test_half_precision_labels_and_logits_keep_their_type(scores):
-    logit, label = (value.to(torch.float32) for value in scores)
+def test_labels_of_another_type_follow_the_logits(scores):
+    logit, label = scores
     for loss in OUTER_LOSSES.values():
-        assert loss(logit, label).dtype == torch.float32
+        found = loss(logit.float(), label.long())
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(loss(logit, label).item(), rel=1e-5)

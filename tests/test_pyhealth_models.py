@@ -153,6 +153,16 @@ def test_shared_magnitudes_serve_any_label(mode, method):
 
 
 @pytest.mark.parametrize("mode", ["multiclass", "multilabel", "regression"])
+def test_ranking_needs_a_binary_label(mode):
+    dataset = samples_of(mode)
+    policy = TaskAugPolicy(1, sampling_rate=RATE, shared_magnitudes=True)
+    with pytest.raises(ValueError, match=f"binary label, but SparcNet is {mode}"):
+        train(
+            model_of("SparcNet", dataset), dataset, policy, mode, outer_loss="ranking"
+        )
+
+
+@pytest.mark.parametrize("mode", ["multiclass", "multilabel", "regression"])
 def test_magnitudes_of_two_classes_need_a_binary_label(mode):
     model = model_of("SparcNet", samples_of(mode))
     with pytest.raises(

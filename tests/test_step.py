@@ -25,6 +25,7 @@ from torch import nn
 from pyhealth.bilevel import alignment
 from pyhealth.bilevel.alignment import MAGNITUDE_STEP
 from pyhealth.bilevel.outer import PolicyOptimizer
+from pyhealth.bilevel.outer_loss import OUTER_LOSSES, ranking_loss
 from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
@@ -789,6 +790,54 @@ def test_bf16_hypergradient_of_published_records(dataset, method, cosine):
     assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
 
 
+class TwoTerms(SmoothNet):
+    """Its loss is more than that of its logits."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        return {**output, "loss": output["loss"] + self.conv.weight.square().sum()}
+
+
+class WithoutLogit(SmoothNet):
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        return {name: output[name] for name in ("loss", "y_prob")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(TwoTerms, "other terms or weights"), (WithoutLogit, r"needs \['logit', 'y_tr")],
+)
+def test_alignment_needs_a_loss_of_the_logits(dataset, kind, message):
+    step = step_of(kind(dataset), policy_of(), method="alignment")
+    with pytest.raises(ValueError, match=rf"{message}.* hypergradient='one_step'"):
+        step.inner_and_outer(batch_of(12, 0), batch_of(8, 1))
+    step_of(kind(dataset), policy_of()).inner_and_outer(batch_of(12, 0), batch_of(8, 1))
+
+
+@pytest.mark.parametrize("method", ["alignment", "one_step"])
+def test_outer_losses_are_formed_in_float32(smooth, method, monkeypatch):
+    """PyHealth's models return their logits in the precision of autocast."""
+    seen = []
+
+    def spy(logit, label):
+        seen.append(logit.dtype)
+        return ranking_loss(logit, label)
+
+    monkeypatch.setitem(OUTER_LOSSES, "ranking", spy)
+    step = step_of(smooth, policy_of(), method=method, outer_loss="ranking")
+    step.model.float()
+    step.policy.float()
+    step.optimizer.load_state_dict(step.optimizer.state_dict())
+    step.precision = "bf16"
+    batches = [batch_of(12, 0), batch_of(8, 1)]
+    for batch in batches:
+        batch |= {"ecg": batch["ecg"].float(), "label": batch["label"].float()}
+    _, gradient = step.inner_and_outer(*batches)
+    assert gradient["logits"].abs().max() > 0
+    assert set(seen) == {torch.float32}
+
+
 def test_unknown_precision_is_an_error(smooth):
     with pytest.raises(ValueError, match=r"must be one of .*'bf16'.*, got 'fp8'"):
         step_of(smooth, policy_of(), precision="fp8")
@@ -956,3 +1005,16 @@ def test_no_tensor_is_made_without_a_device(dataset, method, outer_loss, micro_b
         _, gradient = step.inner_and_outer(batch, val_batch)
         outer.add(gradient, step.finite)
     assert not step.policy.logits.equal(before)
+
+
+def test_a_hypergradient_of_zeros_is_not_used():
+    """A ranking loss of one class says nothing; momentum alone must not move on."""
+    policy = TaskAugPolicy(1, sampling_rate=RATE)
+    outer = PolicyOptimizer(policy, lr=0.1, accumulate=1)
+    ones = {name: torch.ones_like(p) for name, p in policy.named_parameters()}
+    outer.add(ones, torch.tensor(True))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    outer.add({n: torch.zeros_like(g) for n, g in ones.items()}, torch.tensor(True))
+    assert all(p.equal(before[name]) for name, p in policy.named_parameters())
+    norm, _ = outer.statistics()
+    assert norm == pytest.approx(len(policy.operations) ** 0.5)

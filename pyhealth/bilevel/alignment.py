@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..models.taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
-from .hypergradient import Tensors
+from .hypergradient import Tensors, refuse_once_differentiable
 
 __all__ = ["RecordLosses", "alignment_gradient", "magnitude_signs"]
 
@@ -69,6 +69,8 @@ def alignment_gradient(
 
     Raises:
         ValueError: if the loss does not use the weights.
+        RuntimeError: if torch can differentiate a part of the model neither in forward
+            mode nor twice in reverse mode.
 
     Source:
         The inner product of gradients as a data reward: Wang et al., Optimizing data
@@ -130,13 +132,27 @@ def _slopes(
     return slope
 
 
-def _slopes_in_reverse(losses, params, direction) -> Tensor:
-    def in_order(*weights: Tensor) -> Tensor:
-        return losses(dict(zip(params, weights, strict=True)))
-
-    weights = tuple(params.values())
-    tangents = tuple(direction[name] for name in params)
-    return torch.autograd.functional.jvp(in_order, weights, tangents)[1]
+def _slopes_in_reverse(losses, params, direction) -> Tensor | None:
+    """Return the slopes by reverse mode, applied twice; None if there are none."""
+    with torch.enable_grad():
+        weights = {n: p.detach().requires_grad_() for n, p in params.items()}
+        found = losses(weights)
+        # The gradient is linear in the losses' weights, with the slopes as its matrix.
+        unit = torch.zeros_like(found, requires_grad=True)
+        gradients = torch.autograd.grad(
+            found, list(weights.values()), unit, create_graph=True, allow_unused=True
+        )
+    bent = {
+        name: gradient
+        for name, gradient in zip(weights, gradients, strict=True)
+        if gradient is not None and gradient.requires_grad
+    }
+    if not bent:
+        return None
+    refuse_once_differentiable(bent.values())
+    return torch.autograd.grad(
+        list(bent.values()), unit, [direction[name] for name in bent]
+    )[0]
 
 
 def magnitude_signs(

@@ -14,11 +14,14 @@ from torch.utils.data import Dataset
 
 from .hypergradient import Tensors
 
-__all__ = ["Average", "Processes", "prepared_by_main", "read_whole"]
+__all__ = ["Average", "Gather", "Processes", "prepared_by_main", "read_whole"]
 
 #: ``average(tensors, records)`` -> the tensors' mean over all processes, each weighted
 #: by the number of records that its own come from.
 type Average = Callable[[Tensors, int], dict[str, Tensor]]
+
+#: ``gather(tensor)`` -> the rows of all processes, and which of them are one's own.
+type Gather = Callable[[Tensor], tuple[Tensor, slice]]
 
 
 class Processes:
@@ -101,6 +104,24 @@ class Processes:
             name: piece.view_as(value)
             for piece, (name, value) in zip(pieces, tensors.items(), strict=True)
         }
+
+    def gather(self, tensor: Tensor) -> tuple[Tensor, slice]:
+        """Return the rows of all processes in order, and which of them are one's own.
+
+        Args:
+            tensor: (B, ...), where B may differ between the processes.
+
+        Returns:
+            All rows, without graph, and the slice of this process's.
+
+        Examples:
+            >>> Processes("cpu").gather(torch.tensor([3.0, 4.0]))
+            (tensor([3., 4.]), slice(0, 2, None))
+        """
+        parts = self.all(tensor.detach().cpu())
+        first = sum(len(part) for part in parts[: self.index])
+        own = slice(first, first + len(tensor))
+        return torch.cat(parts).to(tensor.device), own
 
     def from_main[T](self, value: T) -> T:
         """Return what the main process passed."""

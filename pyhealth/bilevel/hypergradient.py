@@ -33,6 +33,7 @@ __all__ = [
     "TrainLoss",
     "gradient_of",
     "hypergradient",
+    "refuse_once_differentiable",
 ]
 
 type Tensors = Mapping[str, Tensor]
@@ -315,7 +316,7 @@ def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
         value = loss(weights, others)
         wanted = weights if of == "params" else {**weights, **others}
         gradients = _named_gradient(value, wanted, create_graph=True)
-        _refuse_once_differentiable(gradients.values())
+        refuse_once_differentiable(gradients.values())
     wanted = weights if of == "params" else others
     bending = [name for name in weights if gradients[name].requires_grad]
     if not bending:
@@ -353,7 +354,7 @@ class _Graph:
     def __init__(self, train_grads: Tensors, params: Tensors, hparams: Tensors) -> None:
         # A gradient that does not bend carries no graph and adds nothing.
         self.train_grads = {n: g for n, g in train_grads.items() if g.requires_grad}
-        _refuse_once_differentiable(self.train_grads.values())
+        refuse_once_differentiable(self.train_grads.values())
         self.wanted = {"params": params, "hparams": hparams}
 
     def derivative_along(
@@ -380,7 +381,7 @@ class _Graph:
         return result
 
 
-def _refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
+def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
     """Raise where a part of the graph can be differentiated but once.
 
     Torch marks that part by a node that raises when it is reached. The node has no

@@ -54,9 +54,11 @@ class PolicyOptimizer:
         """Take one hypergradient; step the policy when there are enough.
 
         Args:
-            gradient: by the policy's parameter names.
+            gradient: by the policy's parameter names; all zeros says nothing (a ranking
+                loss of a validation batch of one class) and is not used.
             finite: 0-dim, whether it is to be used.
         """
+        finite = finite & torch.stack([g.any() for g in gradient.values()]).any()
         gradient = {name: torch.where(finite, g, 0) for name, g in gradient.items()}
         self.seen.append((gradient["logits"].flatten(), finite))
         self.waiting.append((gradient, finite))

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
 from .alignment import alignment_gradient
-from .distributed import Average
+from .distributed import Average, Gather
 from .functional import call_with
 from .hypergradient import METHODS, Method, Tensors, gradient_of, hypergradient
 from .inner_step import inner_step_of
 from .micro_batch import Piece, pieces_of, records_are_independent
-from .outer_loss import OUTER_LOSSES
+from .outer_loss import OUTER_LOSSES, OuterLoss
 
 __all__ = [
     "OUTER_METHODS",
@@ -39,6 +39,11 @@ OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
 logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 PRECISIONS = ("fp32", "bf16")
+
+#: How far the mean of the enumerated losses may be from the model's loss: more than
+#: rounding to bf16, less than a term or a weight.
+LOSS_TOLERANCE = 0.02
+NOT_BY_ALIGNMENT = "Use hypergradient='one_step' for this model."
 
 #: What a piece of a batch adds to the outer loss, of the model's output.
 type OuterPart = Callable[[Mapping[str, Tensor]], Tensor]
@@ -98,7 +103,9 @@ class BiLevelStep:
     optimiser and buffers stay as they were, and the hypergradient is zero.
 
     Args:
-        model: a PyHealth model whose output has a "loss".
+        model: a PyHealth model whose output has a "loss"; for "alignment", and for an
+            ``outer_loss`` other than "model", a "logit" and "y_true" as well, and for
+            "alignment" the loss is that of PyHealth's ``get_loss_function``.
         policy: the augmentation policy.
         params: the weights to train, see :func:`classifier_parameters`.
         optimizer: steps the weights (and the policy, if it is trained jointly).
@@ -118,6 +125,8 @@ class BiLevelStep:
             shared out among the policy's stages.
         average: over the processes that each take a part of a batch, see
             :class:`~pyhealth.bilevel.distributed.Processes`; default one process.
+        gather: the rows of all these processes; an ``outer_loss`` that is no mean over
+            records needs it.
         keep_graph: keep the graph of the inner step's gradient and differentiate it
             again, which saves a third of an outer step; False forms the second
             derivative anew, in less memory. A model that torch cannot differentiate
@@ -159,6 +168,7 @@ class BiLevelStep:
         outer_loss: str = "model",
         alignment_records: int = 64,
         average: Average | None = None,
+        gather: Gather | None = None,
         keep_graph: bool = True,
         precision: Literal["fp32", "bf16"] = "fp32",
         micro_batch: int | None = None,
@@ -184,6 +194,7 @@ class BiLevelStep:
         self.outer_loss = outer_loss
         self.alignment_records = alignment_records
         self.average = average
+        self.gather = gather
         self.finite = torch.tensor(True)
         # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
@@ -191,6 +202,7 @@ class BiLevelStep:
         self._asks = not optimizer.defaults.get("fused") or method == "neumann"
         self.precision = precision
         self.micro_batch = micro_batch
+        self._losses_checked = False
         self._splits: bool | None = None  # the training part; found out by trying
         # Where a kept graph failed, reverse over reverse would fail again.
         self._first_try: Literal["forward", "reverse"] = "reverse"
@@ -378,10 +390,9 @@ class BiLevelStep:
         def record_losses(params: Tensors, x: Tensor, rows: list[int]) -> Tensor:
             chosen = {**_rows_of(batch, rows), self.input_key: x}
             output = self._pure_output(params, chosen, seed, training=True)
-            per_record = self.model.get_loss_function()(
-                output["logit"], output["y_true"], reduction="none"
-            )
-            return per_record.reshape(len(x), -1).mean(dim=1)
+            losses = self._losses_of(output).reshape(len(x), -1).mean(dim=1)
+            self._check_losses(losses, output["loss"])
+            return losses
 
         x, labels = self._signals(batch)
         first = slice(self.alignment_records)
@@ -394,6 +405,29 @@ class BiLevelStep:
             direction,
             self.generator,
         )
+
+    def _losses_of(self, output: Mapping[str, Tensor]) -> Tensor:
+        missing = {"logit", "y_true"} - output.keys()
+        if missing:
+            raise ValueError(
+                f"hypergradient='alignment' needs {sorted(missing)} in the output of "
+                f"{type(self.model).__name__}. {NOT_BY_ALIGNMENT}"
+            )
+        loss = self.model.get_loss_function()
+        return loss(output["logit"], output["y_true"], reduction="none")
+
+    def _check_losses(self, losses: Tensor, trained: Tensor) -> None:
+        """Make sure, once, that what is enumerated is what the model is trained on."""
+        if self._losses_checked:
+            return
+        self._losses_checked = True
+        mean, trained = losses.detach().mean().item(), trained.detach().item()
+        if abs(mean - trained) > LOSS_TOLERANCE * max(abs(mean), abs(trained)):
+            raise ValueError(
+                f"The loss of {type(self.model).__name__} is {trained:.4g}, where that "
+                f"of its logits is {mean:.4g}: it has other terms or weights, which "
+                f"hypergradient='alignment' does not see. {NOT_BY_ALIGNMENT}"
+            )
 
     def _darts(self, val_batch: Batch, augmented: Tensor) -> Tensor:
         seed = self._draw_seed()
@@ -460,7 +494,7 @@ class BiLevelStep:
                 for piece in pieces
             ]
         outer_loss = OUTER_LOSSES[self.outer_loss]
-        if len(pieces) == 1:
+        if len(pieces) == 1 and self.gather is None:
             return [(pieces[0], lambda out: outer_loss(out["logit"], out["y_true"]))]
         logits, labels = [], []
         for piece in pieces:
@@ -468,8 +502,7 @@ class BiLevelStep:
                 output = self._pure_output(params, piece.batch, seed, training=False)
             logits.append(output["logit"])
             labels.append(output["y_true"])
-        logit = torch.cat(logits).requires_grad_()
-        slope = torch.autograd.grad(outer_loss(logit, torch.cat(labels)), logit)[0]
+        slope = self._slope_in_logits(outer_loss, torch.cat(logits), torch.cat(labels))
         return [
             (
                 piece,
@@ -477,6 +510,21 @@ class BiLevelStep:
             )
             for piece in pieces
         ]
+
+    def _slope_in_logits(
+        self, outer_loss: OuterLoss, logit: Tensor, label: Tensor
+    ) -> Tensor:
+        """Return the derivative of the loss of all processes' records in one's own.
+
+        It is scaled so that the mean over the processes is the derivative of the whole.
+        """
+        own = slice(None)
+        if self.gather is not None:
+            logit, own = self.gather(logit)
+            label, _ = self.gather(label)
+        logit.requires_grad_()
+        slope = torch.autograd.grad(outer_loss(logit, label), logit)[0]
+        return slope[own] * (len(logit) / len(slope[own]))
 
     def _backward(
         self, pieces: list[Piece], seed: int, create_graph: bool = False
@@ -554,6 +602,9 @@ class BiLevelStep:
             # Copies of the buffers take what a training forward would update in them.
             output = call_with(self.model, params, batch)
         self.model.train()
+        if "logit" in output and output["logit"].dtype in (torch.bfloat16, torch.half):
+            # Losses are formed in float32, as autocast would do.
+            output = {**output, "logit": output["logit"].float()}
         return output
 
     def _autocast(self) -> torch.autocast:

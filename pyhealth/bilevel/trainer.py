@@ -215,8 +215,8 @@ class BiLevelTrainer(Trainer):
                 :mod:`pyhealth.bilevel.outer_loss`; default "ranking" where the label is
                 binary, else "model".
             alignment_records: training records that "alignment" enumerates in a step,
-                shared out among the stages; each costs about as much as eight records
-                of a training step.
+                of all processes together, shared out among the stages; each costs about
+                as much as ten records of a training step.
             micro_batch: largest number of records in one pass, to save memory, with
                 the same numbers; see :class:`~pyhealth.bilevel.step.BiLevelStep` for
                 what can be split.
@@ -228,6 +228,8 @@ class BiLevelTrainer(Trainer):
             on_epoch: called with the trainer after each epoch, to save its history.
             on_hypergradient: called with every hypergradient by the names of the
                 policy's parameters; what it returns is used in its place. For controls.
+                Each process calls it with the same numbers and has to get the same; a
+                state of its own is not in the checkpoints.
             resume: go on from the newest checkpoint of this run's folder, or start anew
                 where there is none, so that one command begins and continues a run; or
                 the path of a checkpoint. All other arguments must be the same, but
@@ -317,9 +319,10 @@ class BiLevelTrainer(Trainer):
             neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
             val_statistics=val_statistics,
             outer_loss=outer_loss,
-            alignment_records=alignment_records,
+            alignment_records=-(-alignment_records // self.processes.count),
             micro_batch=micro_batch,
             average=self.processes.average if self.processes.count > 1 else None,
+            gather=self.processes.gather if self.processes.count > 1 else None,
             precision=self.precision,
         )
         self.history = []
@@ -403,6 +406,12 @@ class BiLevelTrainer(Trainer):
             raise ValueError(
                 f"outer_loss must be one of {['model', *OUTER_LOSSES]}, got "
                 f"{outer_loss!r}."
+            )
+        mode = getattr(self.model, "mode", None)
+        if outer_loss in OUTER_LOSSES and mode not in ("binary", None):
+            raise ValueError(
+                f"outer_loss={outer_loss!r} needs a binary label, but "
+                f"{type(self.model).__name__} is {mode}. Leave it out, or take 'model'."
             )
         if val_statistics not in ("running", "batch"):
             raise ValueError(
