@@ -3,7 +3,8 @@
     python benchmarks/leak.py [--epochs 15] [--seeds 2]
 
 trains on the invented corpus at 100 Hz, width 16, and prints one row a configuration:
-how well the class can be told from the augmentation alone (0.5: not at all).
+how well the class can be told from the augmentation alone (0.5: not at all). What was
+computed lies in ``--output`` and is not computed again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+
+from markdown_table import markdown
+from rows import Rows
 
 PATIENTS = 400
 #: What differs between the rows. The magnitudes are a class's own unless shared.
@@ -35,11 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--outer_lr", type=float, default=3e-2)
+    parser.add_argument("--output", default="benchmarks/results")
     arguments = parser.parse_args()
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
-    import pandas as pd
     import torch
 
     import pyhealth
@@ -50,10 +55,8 @@ def main() -> None:
 
     pyhealth.logger.setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    base = RunSettings(
-        base_width=16, epochs=arguments.epochs, outer_lr=arguments.outer_lr
-    )
-    rows = []
+    rows = Rows(Path(arguments.output) / "leak_synthetic.jsonl")
+    base = RunSettings(base_width=16, epochs=arguments.epochs)
     with tempfile.TemporaryDirectory() as folder:
         root = write_synthetic_ptbxl(
             Path(folder) / "ptbxl", PATIENTS, sampling_rates=(100,)
@@ -65,23 +68,44 @@ def main() -> None:
         data = prepare(dataset, task)
         for name, changes in CONFIGURATIONS.items():
             for seed in range(arguments.seeds):
+                job = {
+                    "configuration": name,
+                    "seed": seed,
+                    "epochs": arguments.epochs,
+                }
+                if job in rows:
+                    continue
                 target = Path(folder) / name / str(seed)
                 run(replace(base, seed=seed, **changes), data, target)
                 metrics = json.loads((target / "metrics.json").read_text())
                 rows.append(
-                    {
-                        "configuration": name,
-                        "seed": seed,
-                        "leak AUROC": metrics["leak_auroc"],
-                        "validation AUROC": metrics["val"]["roc_auc"],
-                        "test AUROC": metrics["test"]["roc_auc"],
-                        "best epoch": metrics["best_epoch"],
+                    job
+                    | {
+                        "leak_auroc": metrics["leak_auroc"],
+                        "val_auroc": metrics["val"]["roc_auc"],
+                        "test_auroc": metrics["test"]["roc_auc"],
                     }
                 )
-                print(rows[-1], flush=True)
-    table = pd.DataFrame(rows).groupby("configuration", sort=False)
-    columns = ["leak AUROC", "validation AUROC", "test AUROC"]
-    print(table[columns].agg(["mean", "min", "max"]).round(3).to_string())
+    print(document(rows))
+
+
+def document(rows: Iterable[Mapping]) -> str:
+    """Return the table in Markdown, as docs/learning.md has it."""
+    rows, lines = list(rows), []
+    for name in dict.fromkeys(row["configuration"] for row in rows):
+        runs = [row for row in rows if row["configuration"] == name]
+        leak = [row["leak_auroc"] for row in runs]
+        lines.append(
+            [
+                name,
+                str(len(runs)),
+                f"{fmean(leak):.3f} ({min(leak):.3f} to {max(leak):.3f})",
+                f"{fmean(row['val_auroc'] for row in runs):.3f}",
+                f"{fmean(row['test_auroc'] for row in runs):.3f}",
+            ]
+        )
+    header = ["policy", "seeds", "leak AUROC", "validation AUROC", "test AUROC"]
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":

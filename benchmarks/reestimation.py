@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
+
+from markdown_table import markdown
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
@@ -62,7 +66,7 @@ def main() -> None:
             }
             if job not in rows:
                 rows.append({**job, "auroc": train(data, **job)})
-    print_table(row for row in rows if row["epochs"] == arguments.epochs)
+    print(document(row for row in rows if row["epochs"] == arguments.epochs))
 
 
 def train(data, configuration: str, seed: int, epochs: int) -> dict[str, float]:
@@ -123,17 +127,23 @@ class BothScores:
         }
 
 
-def print_table(rows) -> None:
-    """Print means over seeds and the paired difference with its range."""
-    import pandas as pd
-
-    frame = pd.json_normalize(list(rows))
-    frame["difference"] = frame["auroc.reestimated"] - frame["auroc.running"]
-    groups = frame.groupby("configuration")
-    table = groups[["auroc.running", "auroc.reestimated", "difference"]].mean()
-    table["lowest"] = groups["difference"].min()
-    table["highest"] = groups["difference"].max()
-    print(table.round(3).to_string())
+def document(rows: Iterable[Mapping]) -> str:
+    """Return the table in Markdown, as docs/learning.md has it."""
+    rows, lines = list(rows), []
+    for name in dict.fromkeys(row["configuration"] for row in rows):
+        scores = [row["auroc"] for row in rows if row["configuration"] == name]
+        change = [score["reestimated"] - score["running"] for score in scores]
+        lines.append(
+            [
+                name,
+                str(len(scores)),
+                f"{fmean(score['running'] for score in scores):.3f}",
+                f"{fmean(score['reestimated'] for score in scores):.3f}",
+                f"{fmean(change):+.3f} ({min(change):+.3f} to {max(change):+.3f})",
+            ]
+        )
+    header = ["configuration", "seeds", "running", "re-estimated", "difference"]
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ TABLE = (
     ("authors' / one_step bf16", "authors", "one_step_theirs_bf16", 8.0, True),
 )
 PEAK_TARGET = 2.5
+PEAKS = {
+    "one_step": "inner and outer one_step / plain",
+    "lean": "the same, keep_graph=False",
+    "pieces": "the same, keep_graph=False, micro_batch=2",
+    "alignment": "inner and outer alignment / plain",
+}
 #: Seconds from the start of the example program to its first epoch's line.
 START_TARGET = 8.0
 EXAMPLE = (
@@ -180,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="measured rounds; 2, or 1 if quick")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--table", action="store_true", help="print the last result")
-    parser.add_argument("--peak-of", choices=("plain", "one_step", "lean", "pieces"))
+    parser.add_argument("--peak-of", choices=("plain", *PEAKS))
     arguments = parser.parse_args()
     batch = arguments.batch or (16 if arguments.quick else 64)
     torch.set_num_threads(arguments.threads)
@@ -253,17 +259,13 @@ def ratios(table: list[tuple], batch: int, rounds: int) -> list[dict]:
 def peaks(batch: int) -> list[dict]:
     """Compare peak memory in processes of their own, above what starting takes."""
     size = {}
-    for name in ("plain", "one_step", "lean", "pieces"):
+    for name in ("plain", *PEAKS):
         command = [sys.executable, __file__, "--peak-of", name, "--batch", str(batch)]
         output = subprocess.run(command, capture_output=True, text=True, check=True)
         size[name] = float(output.stdout.split()[-1])
     return [
         _row(f"peak memory: {label}", PEAK_TARGET, False, [size[name] / size["plain"]])
-        for name, label in (
-            ("one_step", "outer step / plain"),
-            ("lean", "the same, keep_graph=False"),
-            ("pieces", "the same, keep_graph=False, micro_batch=2"),
-        )
+        for name, label in PEAKS.items()
     ]
 
 
@@ -275,6 +277,9 @@ def peak(name: str, batch: int) -> float:
         "one_step": variants._timed(variants.step()),
         "lean": variants._timed(variants.step(keep_graph=False)),
         "pieces": variants._timed(variants.step(keep_graph=False, micro_batch=2)),
+        "alignment": variants._timed(
+            variants.step(method="alignment", outer_loss="ranking")
+        ),
     }
     before = _memory("VmRSS")
     calls[name]()

@@ -1,5 +1,6 @@
 """The documents quote what the benchmarks measured."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -32,3 +33,13 @@ def test_the_recovery_tables_are_the_measured_ones():
     text = (ROOT / "docs" / "recovery.md").read_text()
     assert all(table in text for table in tables)
     assert summary in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["leak_synthetic", "reestimation_real"])
+def test_the_tables_of_leaks_and_statistics_are_the_measured_ones(name):
+    from rows import Rows
+
+    module = importlib.import_module(name.split("_")[0])
+    table = module.document(Rows(RESULTS / f"{name}.jsonl"))
+    assert table.count("\n") >= 7
+    assert table in (ROOT / "docs" / "learning.md").read_text()
