@@ -386,6 +386,17 @@ def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
 
     Torch marks that part by a node that raises when it is reached. The node has no
     inputs, though, so a derivative in given tensors passes it by and is wrong.
+
+    Args:
+        tensors: first derivatives, with their graphs.
+
+    Raises:
+        RuntimeError: if there is such a part.
+
+    Examples:
+        >>> x = torch.ones((), requires_grad=True)
+        >>> (slope,) = torch.autograd.grad(x**3, x, create_graph=True)
+        >>> refuse_once_differentiable([slope])
     """
     waiting, seen = [tensor.grad_fn for tensor in tensors], set()
     while waiting:
