@@ -19,7 +19,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train on a corpus written on the spot; table and pictures in output/demo
-	$(PY) $(DEMO) --synthetic --mode bilevel --output_dir output/demo
+	$(PY) $(DEMO) --synthetic --mode bilevel --alignment_records 32 --output_dir output/demo
 
 test: $(STAMP) ## run every test with its coverage, then the style checks
 	$(PY) -m pytest --cov --cov-report=term-missing
