@@ -15,6 +15,7 @@ setup(
         "pyhealth.models",
         "pyhealth.processors",
         "pyhealth.bilevel",
+        "pyhealth.bilevel.study",
     ],
     package_data={"pyhealth.datasets.configs": ["ptbxl.yaml"]},
 )

@@ -48,7 +48,9 @@ def main() -> None:
     import torch
 
     import pyhealth
-    from pyhealth.bilevel.experiment import RunSettings, prepare, run
+    from pyhealth.bilevel.study.data import prepare
+    from pyhealth.bilevel.study.run import run
+    from pyhealth.bilevel.study.settings import RunSettings
     from pyhealth.datasets.ptbxl import PTBXLDataset
     from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
     from pyhealth.tasks.ecg_classification import ECGBinaryClassification

@@ -12,7 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean, median, stdev
+
+from markdown_table import markdown
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
@@ -46,7 +51,8 @@ def main() -> None:
             job = {"precision": precision, "seed": seed, "epochs": arguments.epochs}
             if job not in rows:
                 rows.append({**job, "auroc": train(data, **job)})
-    print_tables(rows, arguments.epochs)
+    wanted = (row for row in rows if row.get("epochs") in (None, arguments.epochs))
+    print(*document(wanted), sep="\n\n")
 
 
 def compare_directions(data, seed: int, rows) -> None:
@@ -114,23 +120,31 @@ def train(data, precision: str, seed: int, epochs: int) -> float:
     return scores.mean()["test"]
 
 
-def print_tables(rows, epochs: int) -> None:
-    """Print the cosines by method and the AUROC by precision."""
-    import numpy as np
-    import pandas as pd
-
-    cosines = pd.DataFrame([r for r in rows if "cosines" in r]).explode("cosines")
-    by_method = cosines.astype({"cosines": float}).groupby("method", sort=False)
-    print("Cosine of the bf16 with the float32 hypergradient, a batch pair")
-    print(by_method["cosines"].agg(["min", "median", "max", "count"]).round(4))
-    runs = pd.DataFrame([r for r in rows if r.get("epochs") == epochs])
-    table = runs.pivot_table("auroc", "seed", "precision")[list(PRECISIONS)]
-    print(f"\nTest AUROC after {epochs} epochs, by seed")
-    print(table.round(3).to_string())
-    difference = (table["bf16"] - table["fp32"]).to_numpy()
-    print(f"mean difference {difference.mean():+.3f},", end=" ")
-    print(
-        f"standard deviation of float32 over seeds {np.std(table['fp32'], ddof=1):.3f}"
+def document(rows: Iterable[Mapping]) -> tuple[str, str]:
+    """Return the tables in Markdown, as docs/speed.md has them."""
+    rows = list(rows)
+    cosines, scores = defaultdict(list), defaultdict(dict)
+    for row in rows:
+        if "cosines" in row:
+            cosines[row["method"]] += row["cosines"]
+        else:
+            scores[row["precision"]][row["seed"]] = row["auroc"]
+    directions = [
+        [name, f"{len(all_)}", f"{median(all_):.3f}", f"{min(all_):.3f}"]
+        for name, all_ in cosines.items()
+    ]
+    fp32, bf16 = (scores[name] for name in PRECISIONS)
+    lines = [
+        [f"{seed}", f"{fp32[seed]:.3f}", f"{bf16[seed]:.3f}"]
+        for seed in sorted(fp32.keys() & bf16.keys())
+    ]
+    lines.append(["mean", *(f"{fmean(scores[p].values()):.3f}" for p in PRECISIONS)])
+    if len(lines) > 2:
+        spread = [f"{stdev(scores[p].values()):.3f}" for p in PRECISIONS]
+        lines.append(["standard deviation", *spread])
+    return (
+        markdown(["hypergradient", "batch pairs", "median", "lowest"], directions),
+        markdown(["seed", *PRECISIONS], lines),
     )
 
 

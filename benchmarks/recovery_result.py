@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-import torch
 from recovery_data import TEST_SEED, VAL_SEED, Cohort
 from recovery_truth import EPOCHS, TestScores, new_model
 from rows import Rows
-from torch import Tensor
 from tqdm import tqdm
 
 from pyhealth.bilevel import BiLevelTrainer
+from pyhealth.bilevel.study.training import random_signs
 
 #: What each configuration changes in the settings. The control's hypergradients have
 #: random signs, so what moves there moves by chance; it enumerates fewer records,
@@ -72,7 +71,7 @@ def run_result(
             epochs=epochs,
             load_best_model_at_last=False,
             on_epoch=scores,
-            on_hypergradient=_Signs(seed) if control else None,
+            on_hypergradient=random_signs if control else None,
             **{**settings, **changed},
         )
         policy = trainer.policy.to_frame()
@@ -91,16 +90,3 @@ def run_result(
                 "seconds": time.perf_counter() - started,
             }
         )
-
-
-class _Signs:
-    """Gives every entry of a hypergradient a random sign."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: g * (1 - 2 * torch.randint(2, g.shape, generator=self.generator))
-            for name, g in gradient.items()
-        }

@@ -36,7 +36,7 @@ from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_resnet import TaskAugResNet
 
-RESULTS = Path(__file__).parent / "results" / "speed.json"
+RESULTS = Path(__file__).parent / "results"
 #: (what, numerator, denominator, target if any, whether more is better); "a-b"
 #: subtracts the times of two variants.
 TABLE = (
@@ -194,7 +194,10 @@ def main() -> None:
         print(peak(arguments.peak_of, batch))
         return
     if arguments.table:
-        print(document(json.loads(RESULTS.read_text())))
+        for path in sorted(RESULTS.glob("speed_*.json")):
+            content = json.loads(path.read_text())
+            print(f"{content['machine']}, {content['capability']}")
+            print(f"{document(content)}\n")
         return
     rounds = arguments.rounds or (1 if arguments.quick else 2)
     slow = "AVX512" not in torch.backends.cpu.get_cpu_capability()
@@ -206,9 +209,10 @@ def main() -> None:
     )
     rows += peaks(batch)
     rows += starts(rounds)
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     content = {**machine(), "rows": rows}
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+    path = RESULTS / f"speed_{content['capability'].lower()}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
     print(document(content))
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 # PyHealth is imported inside the functions: its Dask workers import this script again.
 
 TASKS = ("MI", "HYP", "STTC", "CD", "NORM")
-MODES = ("standard", "bilevel", "ablation", "lr_sweep")
+MODES = ("standard", "bilevel", "ablation", "lr_sweep", "study")
+ABLATION = ("A", "B", "C", "D", "E", "F")
 SYNTHETIC_PATIENTS = 400
 #: What a run uses where nothing is said: full size on real data, small on invented.
 DEFAULTS = {
@@ -39,7 +40,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--synthetic", action="store_true", help="use a small invented corpus"
     )
-    add("--task", choices=TASKS, default="MI", help="superclass to find")
+    add(
+        "--task",
+        choices=TASKS,
+        nargs="+",
+        default=["MI"],
+        help="superclass to find; a study takes several",
+    )
     add("--mode", choices=MODES, default="bilevel", help="what to run")
     add("--epochs", type=int, default=10, help="passes over the training records")
     add("--batch_size", type=int, default=64, help="records a step")
@@ -73,9 +80,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="training records that 'alignment' compares the operations on, a step",
     )
     add("--warmup_epochs", type=int, default=1, help="epochs before the policy moves")
-    add("--n_records", type=int, help="draw a cohort of this size; all records")
+    add(
+        "--n_records",
+        type=int,
+        nargs="+",
+        help="draw a cohort of this size; all records; a study takes several sizes",
+    )
     add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
     add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
+    add(
+        "--configurations",
+        metavar="LETTERS",
+        help="what a study compares, such as A,A+,D,E; all of them",
+    )
+    add("--workers", type=int, help="processes of a study; one a core")
+    add("--scheduler", help="address of a running Dask scheduler for a study")
     add("--policy_from", help="policy.json of another run, to use as it is")
     add(
         "--reestimate_statistics",
@@ -108,6 +127,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
+    several = [
+        name
+        for name in ("task", "n_records")
+        if len(getattr(arguments, name) or []) > 1 and arguments.mode != "study"
+    ]
+    if several:
+        parser.error(f"--mode={arguments.mode} takes one --{several[0]}")
     for name, value in DEFAULTS["synthetic" if arguments.synthetic else "real"].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -136,35 +162,38 @@ def synthetic_root(arguments: argparse.Namespace) -> Path:
     return root
 
 
-def prepare_data(arguments: argparse.Namespace):
-    """Open the corpus and prepare the samples of the task."""
-    from pyhealth.bilevel.distributed import Processes, prepared_by_main
-    from pyhealth.bilevel.experiment import prepare
+def open_dataset(arguments: argparse.Namespace):
+    """Open the corpus, written first if it is the invented one."""
     from pyhealth.datasets.ptbxl import PTBXLDataset
+
+    cache_dir = arguments.cache_dir
+    if arguments.synthetic:
+        root = synthetic_root(arguments)
+        cache_dir = root.parent
+    else:
+        root = Path(arguments.data_root)
+    # The smaller recording where it is enough: a rate of 100 needs no 500.
+    recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
+    return PTBXLDataset(root, sampling_rate=recorded, cache_dir=cache_dir)
+
+
+def prepare_data(arguments: argparse.Namespace, dataset, task: str, size: int, seed):
+    """Prepare the samples of a task and a cohort; the waveforms are read once."""
+    from pyhealth.bilevel.study.data import prepare
     from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
     task = ECGBinaryClassification(
-        arguments.task,
+        task,
         sampling_rate=arguments.sampling_rate,
         length=arguments.length,
         normalize=arguments.normalize,
     )
-    with prepared_by_main(Processes(arguments.device)):
-        cache_dir = arguments.cache_dir
-        if arguments.synthetic:
-            root = synthetic_root(arguments)
-            cache_dir = root.parent
-        else:
-            root = Path(arguments.data_root)
-        # The smaller recording where it is enough: a rate of 100 needs no 500.
-        recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
-        dataset = PTBXLDataset(root, sampling_rate=recorded, cache_dir=cache_dir)
-        return prepare(dataset, task, arguments.n_records, arguments.seed)
+    return prepare(dataset, task, size or None, seed)
 
 
 def settings_of(arguments: argparse.Namespace):
     """Return the run's settings."""
-    from pyhealth.bilevel.experiment import RunSettings
+    from pyhealth.bilevel.study.settings import RunSettings
 
     policy = "joint" if arguments.mode == "standard" else "learned"
     return RunSettings(
@@ -186,39 +215,98 @@ def settings_of(arguments: argparse.Namespace):
     )
 
 
-def run_mode(arguments: argparse.Namespace) -> None:
-    """Prepare the data, run the mode and print what happened."""
-    from pyhealth.bilevel.comparison import ablation, compare, lr_sweep, summary
-    from pyhealth.bilevel.distributed import Processes
+def run_alone(arguments: argparse.Namespace) -> None:
+    """Train with every seed in this process, or in those of a launcher."""
+    import json
+    from dataclasses import replace
 
-    data = prepare_data(arguments)
-    is_main = Processes(arguments.device).is_main
-    say = print if is_main else (lambda text: None)  # once, not by each process
+    from pyhealth.bilevel.distributed import Processes, prepared_by_main
+    from pyhealth.bilevel.study.run import run
+
+    processes = Processes(arguments.device)
+    say = print if processes.is_main else (lambda text: None)  # once, not by each
+    (task,), (size,) = arguments.task, arguments.n_records or [0]
+    with prepared_by_main(processes):
+        dataset = open_dataset(arguments)
+        data = prepare_data(arguments, dataset, task, size, arguments.seed)
     say(
-        f"{arguments.task}: {len(data.train)} records to train, {len(data.val)} to "
+        f"{task}: {len(data.train)} records to train, {len(data.val)} to "
         f"validate, {len(data.test)} to test (fold {data.description['test_fold']})"
     )
-    base = settings_of(arguments)
-    configurations = {
-        "standard": lambda: {"standard": base},
-        "bilevel": lambda: {"bilevel": base},
-        "ablation": lambda: ablation(base),
-        "lr_sweep": lambda: lr_sweep(base),
-    }[arguments.mode]()
-    seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
-    table = compare(
-        configurations,
-        seeds,
-        data,
-        arguments.output_dir,
-        arguments.resume,
-        arguments.checkpoint_every,
-    )
-    say(f"\n{arguments.task} on the test records")
-    say(summary(table))
+    settings = settings_of(arguments)
+    for seed in range(arguments.seed, arguments.seed + arguments.num_seeds):
+        folder = Path(arguments.output_dir)
+        folder = folder / f"seed_{seed}" if arguments.num_seeds > 1 else folder
+        run(
+            replace(settings, seed=seed),
+            data,
+            folder,
+            arguments.resume,
+            arguments.checkpoint_every,
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        say(f"\n{task}, seed {seed}, test records: {describe(metrics['test'])}")
+        if metrics["leak_auroc"] is not None:
+            say(f"leak AUROC {metrics['leak_auroc']:.3f} (0.5: nothing given away)")
     say("\nPictures:")
     for picture in sorted(Path(arguments.output_dir).rglob("*.png")):
         say(f"  {picture}")
+
+
+def describe(scores: dict) -> str:
+    """Return the scores of one run in one line."""
+    names = {"roc_auc": "AUROC", "pr_auc": "AUPRC", "accuracy": "accuracy"}
+    names |= {"brier": "Brier", "calibration_error": "calibration error"}
+    shown = [
+        f"{name} {scores[key]:.3f}"
+        for key, name in names.items()
+        if scores[key] is not None  # the areas, where there is one class only
+    ]
+    return f"{', '.join(shown)} (n = {scores['n']}, {scores['positives']} positive)"
+
+
+def run_several(arguments: argparse.Namespace) -> None:
+    """Run a study, an ablation or a sweep: what is missing of it, side by side."""
+    from pyhealth.bilevel.study.cluster import client_of, run_study
+    from pyhealth.bilevel.study.configurations import CONFIGURATIONS, chosen, lr_sweep
+    from pyhealth.bilevel.study.jobs import StudyPlan
+    from pyhealth.bilevel.study.results import summary, write_tables
+
+    letters = (arguments.configurations or ",".join(CONFIGURATIONS)).split(",")
+    configurations = {
+        "study": lambda: chosen(letters),
+        "ablation": lambda: chosen(ABLATION),
+        "lr_sweep": lr_sweep,
+    }[arguments.mode]()
+    plan = StudyPlan(
+        settings_of(arguments),
+        configurations,
+        arguments.task,
+        arguments.n_records or [0],
+        range(arguments.seed, arguments.seed + arguments.num_seeds),
+        equal_seconds=arguments.mode == "study",
+    )
+    dataset = open_dataset(arguments)
+    with client_of(arguments.scheduler, arguments.workers) as (client, threads):
+        outcomes = run_study(
+            plan,
+            lambda *part: prepare_data(arguments, dataset, *part),
+            arguments.output_dir,
+            client,
+            threads,
+        )
+    print(f"\n{summary(write_tables(arguments.output_dir))}")
+    failed = [str(outcome) for outcome in outcomes if outcome.state != "done"]
+    if failed:
+        raise ArithmeticError("\n".join([f"{len(failed)} runs failed:", *failed]))
+
+
+def run_mode(arguments: argparse.Namespace) -> None:
+    """Run the mode and print what happened."""
+    if arguments.mode in ("standard", "bilevel"):
+        run_alone(arguments)
+    else:
+        run_several(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

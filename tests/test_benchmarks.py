@@ -16,10 +16,11 @@ def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
 
 
-def test_the_speed_table_is_the_measured_one():
+@pytest.mark.parametrize("kind", ["avx2", "avx512"])
+def test_the_speed_tables_are_the_measured_ones(kind):
     from speed import document
 
-    content = json.loads((RESULTS / "speed.json").read_text())
+    content = json.loads((RESULTS / f"speed_{kind}.json").read_text())
     assert len(content["rows"]) == 17
     assert document(content) in (ROOT / "docs" / "speed.md").read_text()
 
@@ -33,6 +34,15 @@ def test_the_recovery_tables_are_the_measured_ones():
     text = (ROOT / "docs" / "recovery.md").read_text()
     assert all(table in text for table in tables)
     assert summary in (ROOT / "README.md").read_text()
+
+
+def test_the_precision_tables_are_the_measured_ones():
+    from precision import document
+    from rows import Rows
+
+    tables = document(Rows(RESULTS / "precision_real.jsonl"))
+    text = (ROOT / "docs" / "speed.md").read_text()
+    assert all(table in text for table in tables)
 
 
 @pytest.mark.parametrize("name", ["leak_synthetic", "reestimation_real"])

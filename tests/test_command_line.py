@@ -15,7 +15,11 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import pyhealth
-from pyhealth.bilevel import comparison, experiment
+from pyhealth.bilevel import BiLevelTrainer
+from pyhealth.bilevel.study.configurations import CONFIGURATIONS
+from pyhealth.bilevel.study.data import PreparedData, prepare
+from pyhealth.bilevel.study.settings import RunSettings
+from pyhealth.bilevel.study.training import train
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
 SCRIPT = (
@@ -182,28 +186,29 @@ def test_standard_trains_the_policy_on_the_training_loss(run, tmp_path):
 
 
 def test_ablation_compares_six_configurations(run, tmp_path, capsys):
-    assert run(tmp_path, "--mode=ablation", "--epochs=1", "--warmup_epochs=0") == 0
+    small = ("--epochs=1", "--warmup_epochs=0", "--workers=2")
+    assert run(tmp_path, "--mode=ablation", *small) == 0
     table = pd.read_csv(tmp_path / "comparison.csv")
-    assert [name[0] for name in table["configuration"]] == list("ABCDEF")
-    assert (tmp_path / "comparison.png").exists()
+    assert table["configuration"].tolist() == list("ABCDEF")
+    assert set(table["budget"]) == {"steps"}
     shown = capsys.readouterr().out
     for score in table["roc_auc"]:
         assert f"{score:.3f}" in shown
-    assert "One seed" in shown
-    folders = {path.name[0]: path / "seed_0" for path in tmp_path.iterdir()}
-    stages = {
-        letter: TaskAugPolicy.load(folders[letter] / "policy.json").num_stages
-        for letter in "ABCDEF"
+    assert "one seed shows nothing" in shown
+    runs = pd.read_csv(tmp_path / "runs.csv").set_index("configuration")
+    folders = {letter: tmp_path / runs.loc[letter, "folder"] for letter in "ABCDEF"}
+    policies = {
+        letter: TaskAugPolicy.load(folder / "policy.json")
+        for letter, folder in folders.items()
     }
+    stages = {letter: policy.num_stages for letter, policy in policies.items()}
     assert stages == {"A": 0, "B": 1, "C": 1, "D": 2, "E": 2, "F": 2}
-    noise = TaskAugPolicy.load(folders["B"] / "policy.json")
-    assert noise.op_names == ("gaussian_noise",)
-    assert noise.magnitudes()["neg"].item() == pytest.approx(0.1)
-    assert TaskAugPolicy.load(folders["F"] / "policy.json").shared_magnitudes
+    assert policies["B"].op_names == ("gaussian_noise",)
+    assert policies["B"].magnitudes()["neg"].item() == pytest.approx(0.1)
+    assert policies["F"].shared_magnitudes
     digests = {
         json.loads((folder / "config.json").read_text())["data"]["digest"]
-        for letter, folder in folders.items()
-        if letter in stages
+        for folder in folders.values()
     }
     assert len(digests) == 1
 
@@ -216,37 +221,33 @@ def test_every_configuration_starts_from_the_same_backbone(parts, monkeypatch):
         starts.append({name: value.clone() for name, value in state.items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment.BiLevelTrainer, "train", keep)
-    base = experiment.RunSettings(base_width=4)
-    task = type("Task", (), {"leads": range(12), "sampling_rate": 100})()
-    data = experiment.PreparedData(None, task, *parts, {})
-    for settings in comparison.ablation(base).values():
+    monkeypatch.setattr(BiLevelTrainer, "train", keep)
+    data = PreparedData(parts[0].task, *parts, {})
+    trained = set(CONFIGURATIONS) - {"H", "J"}  # these train others of the same kind
+    for letter in trained:
+        settings = CONFIGURATIONS[letter].settings(RunSettings(base_width=4))
         with pytest.raises(KeyboardInterrupt):
-            experiment._train(settings, data, Path())
-    assert len(starts) == 6
+            train(settings, data, Path())
+    assert len(starts) == len(trained)
     for name, value in starts[0].items():
         assert all(torch.equal(value, start[name]) for start in starts)
 
 
 def test_lr_sweep_runs_three_rates_and_two_seeds(run, tmp_path, capsys):
-    assert (
-        run(
-            tmp_path,
-            "--mode=lr_sweep",
-            "--warmup_epochs=0",
-            "--epochs=1",
-            "--num_seeds=2",
-        )
-        == 0
-    )
-    table = pd.read_csv(tmp_path / "comparison.csv")
-    assert table["seed"].tolist() == [0, 1] * 3
+    several = ("--num_seeds=2", "--workers=2", "--epochs=1", "--warmup_epochs=0")
+    assert run(tmp_path, "--mode=lr_sweep", *several) == 0
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert sorted(runs["seed"]) == [0, 0, 0, 1, 1, 1]
     rates = [
-        json.loads(path.read_text())["settings"]["outer_lr"]
-        for path in tmp_path.glob("*/seed_0/config.json")
+        json.loads((tmp_path / folder / "config.json").read_text())["settings"][
+            "outer_lr"
+        ]
+        for folder in runs["folder"]
     ]
-    assert sorted(rates) == [1e-4, 1e-3, 1e-2]
-    assert "over 2 seeds" in capsys.readouterr().out
+    assert sorted(set(rates)) == [1e-4, 1e-3, 1e-2]
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert table["seeds"].tolist() == [2, 2, 2]
+    assert table["verdict"][0] == "the reference"
 
 
 def test_a_cohort_is_drawn_by_n_records(run, tmp_path):
@@ -289,14 +290,14 @@ def test_an_error_is_one_sentence(run, tmp_path, capsys, arguments, words):
 
 
 def test_a_failing_run_keeps_what_it_had_written(run, tmp_path, capsys, monkeypatch):
-    original = experiment.BiLevelTrainer._run_epoch
+    original = BiLevelTrainer._run_epoch
 
     def second_fails(trainer, epoch, *arguments):
         if epoch == 1:
             raise ArithmeticError("The training loss is nan in epoch 1.")
         original(trainer, epoch, *arguments)
 
-    monkeypatch.setattr(experiment.BiLevelTrainer, "_run_epoch", second_fails)
+    monkeypatch.setattr(BiLevelTrainer, "_run_epoch", second_fails)
     assert run(tmp_path) == 2
     assert "nan in epoch 1" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "history.csv")) == 1
@@ -365,13 +366,13 @@ def test_resume_refuses_another_run(finished, run, capsys, arguments, words):
 
 
 def test_a_signal_is_the_exit_code(run, tmp_path, capsys, monkeypatch):
-    original = experiment.BiLevelTrainer._run_epoch
+    original = BiLevelTrainer._run_epoch
 
     def stopped(trainer, epoch, *arguments):
         signal.raise_signal(signal.SIGTERM)
         original(trainer, epoch, *arguments)
 
-    monkeypatch.setattr(experiment.BiLevelTrainer, "_run_epoch", stopped)
+    monkeypatch.setattr(BiLevelTrainer, "_run_epoch", stopped)
     assert run(tmp_path) == 143
     assert "same command with --resume" in capsys.readouterr().err
     assert list((tmp_path / "checkpoints").glob("step-00000001.ckpt"))
@@ -382,7 +383,7 @@ def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
     two = records.filter(records["strat_fold"].is_in([1, 2]))
     monkeypatch.setattr(dataset, "records", lambda task=None: two)
     with pytest.raises(ValueError, match=r"folds \[1, 2\].*Set n_records"):
-        experiment.prepare(dataset, None)
+        prepare(dataset, None)
 
 
 def test_the_source_of_data_is_needed(script, capsys):

@@ -17,14 +17,13 @@ import torch
 import wfdb
 from pyhealth.data import Patient
 
-from pyhealth.datasets import base_dataset
-from pyhealth.datasets import ptbxl as ptbxl_module
+from pyhealth.datasets import base_dataset, ecg_dataset
 from pyhealth.datasets.ptbxl import CohortSplit, PTBXLDataset, StratFoldSplit
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
-from pyhealth.processors.ecg_processor import (
+from pyhealth.processors.ecg_processor import ECGProcessor
+from pyhealth.processors.ecg_record_processor import (
     RECIPE_VERSION,
     STANDARD_LEADS,
-    ECGProcessor,
     MissingRecordError,
     RecordError,
 )
@@ -58,6 +57,7 @@ POSITIVE = {
     ("HYP", 50): [],
 }
 SHORT = {"sampling_rate": 100, "length": 50}
+READ = wfdb.rdrecord
 
 
 def patient_of(records, dataset_limit=0.0):
@@ -99,9 +99,9 @@ def listen(logger):
 
 @pytest.fixture
 def said():
-    lines, handler = listen(ptbxl_module.logger)
+    lines, handler = listen(ecg_dataset.logger)
     yield lines
-    ptbxl_module.logger.removeHandler(handler)
+    ecg_dataset.logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_set_task_gives_what_the_processor_makes_of_the_record(small_dataset):
     assert small_dataset.skipped_records == []
 
 
-def test_different_settings_never_share_samples(small_dataset):
+def test_different_settings_give_different_samples(small_dataset):
     settings = [
         {},
         {"task_label": "NORM"},
@@ -350,31 +350,90 @@ def test_different_settings_never_share_samples(small_dataset):
         {"leads": STANDARD_LEADS[:3]},
         {"on_error": "skip"},
     ]
-    made, shapes = [], []
-    for changed in settings:
-        samples = small_dataset.set_task(ECGBinaryClassification(**SHORT | changed))
-        made.append(samples)
-        shapes.append(tuple(samples[0]["ecg"].shape))
-    assert len({samples.path for samples in made}) == len(settings)
-    assert shapes[3] == (12, 51)
-    assert shapes[8] == (3, 50)
+    made = [
+        small_dataset.set_task(ECGBinaryClassification(**SHORT | changed))
+        for changed in settings
+    ]
+    # What the waveforms do not depend on shares them.
+    shared = [0, 1, 3, 4, 5, 6]
+    assert len({made[i].path for i in shared}) == 1
+    assert len({samples.path for samples in made}) == len(settings) - len(shared) + 1
     ecgs = [samples[0]["ecg"] for samples in made]
+    assert ecgs[3].shape == (12, 51)
+    assert ecgs[8].shape == (3, 50)
     torch.testing.assert_close(ecgs[7], ecgs[0].flip(0))
     for other in (2, 4, 5):
         assert not torch.allclose(ecgs[other], ecgs[0])
-    split = small_dataset.set_task(
-        ECGBinaryClassification(**SHORT),
-        split=StratFoldSplit(train=range(1, 11), val=[], test=[]),
+    assert labels(made[1]) != labels(made[0])
+
+
+@pytest.mark.parametrize("normalize", ["lead", "record", "dataset", "none"])
+def test_another_task_or_split_reads_no_waveform_again(
+    small_dataset, normalize, unread
+):
+    """And gives what reading them again would give, to the bit."""
+    with pytest.MonkeyPatch.context() as allowed:
+        allowed.setattr(wfdb, "rdrecord", READ)
+        small_dataset.set_task(ECGBinaryClassification("MI", **SHORT))
+    task = ECGBinaryClassification("CD", 100, 40, normalize)
+    parts = small_dataset.set_task(task, split=StratFoldSplit())
+    assert [len(part) for part in parts] == [len(list(part)) for part in parts]
+    table = small_dataset.records(task)
+    label_of = dict(table.select("ecg_id", "label").iter_rows())
+    for part in parts:
+        assert part.ecg_ids == [sample["ecg_id"] for sample in part]
+        assert part.patient_ids == [sample["patient_id"] for sample in part]
+        assert part.labels == [label_of[ecg_id] for ecg_id in part.ecg_ids]
+        assert part.labels == [sample["label"].item() for sample in part]
+    with pytest.MonkeyPatch.context() as allowed:
+        allowed.setattr(wfdb, "rdrecord", READ)
+        path_of = dict(table.select("ecg_id", "record_path").iter_rows())
+        processor = ECGProcessor(100, 40, normalize)
+        processor.fit(({"ecg": path_of[k]} for k in parts[0].ecg_ids), "ecg")
+        if normalize == "dataset":
+            assert parts[2].processor.mean == pytest.approx(processor.mean, rel=1e-6)
+            assert parts[2].processor.std == pytest.approx(processor.std, rel=1e-6)
+            processor = parts[2].processor
+        for sample in parts[2]:
+            expected = processor.process(path_of[sample["ecg_id"]])
+            torch.testing.assert_close(sample["ecg"], expected, rtol=0, atol=0)
+
+
+def test_samples_go_to_another_process(small_dataset):
+    train, *_ = small_dataset.set_task(
+        ECGBinaryClassification("MI", 100, 50, "dataset"), split=StratFoldSplit()
     )
-    assert split[0].path not in {samples.path for samples in made}
+    again = pickle.loads(pickle.dumps(train))
+    assert again.ecg_ids == train.ecg_ids
+    for i in (0, len(train) - 1):
+        torch.testing.assert_close(again[i]["ecg"], train[i]["ecg"], rtol=0, atol=0)
+    assert len(pickle.dumps(train)) < 1000 * len(train)  # no waveform goes along
+
+
+def test_closing_samples_leaves_those_of_others(small_dataset):
+    task = ECGBinaryClassification("MI", **SHORT)
+    with small_dataset.set_task(task) as samples:
+        ecg = samples[0]["ecg"]
+    torch.testing.assert_close(small_dataset.set_task(task)[0]["ecg"], ecg)
+
+
+def test_a_fitted_processor_can_be_given(small_dataset):
+    fitted = ECGProcessor(100, 50, "dataset")
+    fitted.mean, fitted.std = 0.25, 2.0
+    task = ECGBinaryClassification("MI", normalize="dataset", **SHORT)
+    samples = small_dataset.set_task(task, input_processors={"ecg": fitted})
+    whole = samples.record(0)
+    assert whole.shape == (12, 1000)
+    torch.testing.assert_close(samples[0]["ecg"], fitted.finish(whole))
+    wrong = {"ecg": ECGProcessor(50, 50, "lead")}
+    with pytest.raises(ValueError, match="must be an ECGProcessor at 100 Hz"):
+        small_dataset.set_task(task, input_processors=wrong)
 
 
 def test_a_changed_recipe_never_shares_samples(small_dataset, monkeypatch):
     task = ECGBinaryClassification(**SHORT)
     old = small_dataset.set_task(task).path
-    monkeypatch.setattr(
-        "pyhealth.tasks.ecg_classification.RECIPE_VERSION", RECIPE_VERSION + 1
-    )
+    monkeypatch.setattr("pyhealth.tasks.ecg_task.RECIPE_VERSION", RECIPE_VERSION + 1)
     changed = ECGBinaryClassification(**SHORT)
     assert changed.recipe_version == RECIPE_VERSION + 1
     assert small_dataset.set_task(changed).path != old
@@ -444,9 +503,9 @@ def test_raise_in_fitting_names_the_file_too(damaged):
 def test_skip_leaves_out_keeps_the_ids_and_says_them(damaged, said):
     dataset, root, bad = damaged
     task = ECGBinaryClassification("MI", on_error="skip", **SHORT)
-    lines, handler = listen(logging.getLogger("pyhealth.tasks.ecg_classification"))
+    lines, handler = listen(logging.getLogger("pyhealth.tasks.ecg_task"))
     samples = dataset.set_task(task)
-    logging.getLogger("pyhealth.tasks.ecg_classification").removeHandler(handler)
+    logging.getLogger("pyhealth.tasks.ecg_task").removeHandler(handler)
     skipped = sorted(bad)
     everything = dataset.records()["ecg_id"].to_list()
     assert sorted(labels(samples)) == sorted(set(everything) - set(skipped))

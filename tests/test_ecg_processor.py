@@ -13,10 +13,11 @@ import torch
 import wfdb
 from tblib import pickling_support
 
-from pyhealth.processors import ecg_processor
-from pyhealth.processors.ecg_processor import (
+from pyhealth.processors import ecg_processor, ecg_record_processor
+from pyhealth.processors.ecg_processor import ECGProcessor
+from pyhealth.processors.ecg_record_processor import (
     STANDARD_LEADS,
-    ECGProcessor,
+    ECGRecordProcessor,
     MissingRecordError,
     RecordError,
 )
@@ -65,11 +66,14 @@ def said():
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    ecg_processor._say_missing.cache_clear()
+    ecg_record_processor._say_missing.cache_clear()
     ecg_processor._say_length.cache_clear()
-    ecg_processor.logger.addHandler(handler)
+    loggers = (ecg_processor.logger, ecg_record_processor.logger)
+    for logger in loggers:
+        logger.addHandler(handler)
     yield lines
-    ecg_processor.logger.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 # Leads ------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def test_the_unit_of_a_lead_that_is_not_asked_for_does_not_matter(tmp_path):
 def test_ten_seconds_stay_ten_seconds(tmp_path, said, rate, target, length):
     path = write(tmp_path, random_signal(3, 10 * rate), rate, THREE)
     processor = ECGProcessor(target, length, leads=THREE)
-    assert processor.read(path)[0].shape == (3, length)
+    assert processor.read(path).shape == (3, length)
     assert processor.process(path).shape == (3, length)
     assert said == []  # neither cropped nor padded
 
@@ -286,7 +290,7 @@ def test_dataset_is_fitted_over_the_whole_recording_at_the_tensors_rate(tmp_path
     path = write(tmp_path, random_signal(3, 5000), 500, THREE)
     processor = ECGProcessor(100, 10, "dataset", THREE)
     processor.fit([{"ecg": path}], "ecg")
-    signal, _ = processor.read(path)
+    signal = processor.read(path)
     assert signal.shape == (3, 1000)
     assert processor.mean == pytest.approx(signal.mean(), rel=1e-9)
     assert processor.std == pytest.approx(signal.std(), rel=1e-9)
@@ -339,7 +343,9 @@ def test_a_constant_lead_becomes_zeros_in_every_mode(tmp_path, rate, level):
         out = processor.process(path)
         assert (out[1] == 0).all(), mode
         assert (out[[0, 2]].std(dim=1) > 0.1).all(), mode
-        assert processor.read(path)[1].tolist() == [False, True, False]
+        processor = ECGRecordProcessor(100, THREE)
+        constant = np.ptp(processor.process(path).numpy(), axis=1) == 0
+        assert constant.tolist() == [False, True, False]
 
 
 def test_a_record_of_constant_leads_becomes_zeros_in_every_mode(tmp_path):
@@ -579,16 +585,15 @@ def test_process_and_read_change_nothing(tmp_path, mode):
     processor = fitted(mode, THREE, 900)
     before = copy.deepcopy(vars(processor))
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    read, constant = processor.read(path)
+    read = processor.read(path)
     first = processor.process(path)
     assert vars(processor) == before
     assert read.dtype == np.float64
-    assert constant.dtype == bool
     kept = first.clone(), read.copy()
     first.zero_()
     read[:] = 0.0
     torch.testing.assert_close(processor.process(path), kept[0], rtol=0, atol=0)
-    np.testing.assert_array_equal(processor.read(path)[0], kept[1])
+    np.testing.assert_array_equal(processor.read(path), kept[1])
     assert vars(processor) == before
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
 

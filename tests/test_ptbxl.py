@@ -20,7 +20,8 @@ import wfdb
 
 from pyhealth.datasets import base_dataset
 from pyhealth.datasets.ptbxl import PTBXLDataset, diagnostic_classes, parse_scp_codes
-from pyhealth.processors.ecg_processor import STANDARD_LEADS, ECGProcessor
+from pyhealth.processors.ecg_processor import ECGProcessor
+from pyhealth.processors.ecg_record_processor import STANDARD_LEADS
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
 
 # The columns of ptbxl_database.csv, versions 1.0.1 to 1.0.3.

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from pyhealth.bilevel import BiLevelTrainer
+from pyhealth.bilevel.study.training import random_signs
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.ecg_augmentations import AUGMENTATIONS
 from pyhealth.models.taskaug_policy import TaskAugPolicy
@@ -82,19 +83,6 @@ class Cohort:
         return roc_auc_score(label.flatten(), logit.flatten())
 
 
-class RandomSigns:
-    """The control: hypergradients whose every entry has a random sign."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, gradient):
-        return {
-            name: g * (1 - 2 * torch.randint(2, g.shape, generator=self.generator))
-            for name, g in gradient.items()
-        }
-
-
 @pytest.fixture(scope="module")
 def cohort():
     return Cohort()
@@ -120,7 +108,7 @@ def test_the_policy_finds_it_and_random_signs_do_not(cohort, without):
     for seed in SEEDS:
         learned.append(cohort.run(seed, **learning, alignment_records=32))
         # Fewer records do: Adam takes the scale out, and the signs are random anyway.
-        control = {"signs": RandomSigns(seed), "alignment_records": 4}
+        control = {"signs": random_signs, "alignment_records": 4}
         by_chance.append(cohort.run(seed, **learning, **control))
     probability, auroc = np.mean(learned, axis=0)
     assert probability > 1.5 / len(OPERATIONS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import statistics
 from copy import deepcopy
 from pathlib import Path
 
@@ -758,15 +759,19 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     With clean labels, where the loss and the hypergradient nearly vanish, the cosine of
     this same network was 0.86: rounding is then no longer small beside them.
     """
-    torch.manual_seed(0)
-    model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
-    batches = [batch_of(64, seed) for seed in range(2)]
-    for batch in batches:
-        flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
-        label = torch.where(flipped[:, None], 1 - batch["label"], batch["label"])
-        batch.update(ecg=batch["ecg"].float(), label=label.float())
-    rounded, exact = bf16_and_float32(model, batches, method, keep_graph)
-    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
+    cosines = []
+    for pair in range(5):
+        torch.manual_seed(pair)
+        model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
+        batches = [batch_of(64, seed) for seed in (2 * pair, 2 * pair + 1)]
+        for batch in batches:
+            flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
+            label = torch.where(flipped[:, None], 1 - batch["label"], batch["label"])
+            batch.update(ecg=batch["ecg"].float(), label=label.float())
+        rounded, exact = bf16_and_float32(model, batches, method, keep_graph)
+        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
+    # Processors round differently: one pair alone may lie lower.
+    assert statistics.median(cosines) > 0.95
 
 
 @published("PTBXL_ROOT")

@@ -5,23 +5,17 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import narwhals as nw
 import pandas as pd
-import polars as pl
 
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
 
-from ..processors.base_processor import FeatureProcessor
-from ..tasks import BaseTask
-from .base_dataset import BaseDataset
-from .ptbxl_splits import CohortSplit, RecordSplit, StratFoldSplit
-from .sample_dataset import SampleDataset
-from .splitter import Split
+from .ecg_dataset import ECGDataset
+from .ptbxl_splits import CohortSplit, StratFoldSplit
 
 __all__ = [
     "CohortSplit",
@@ -31,8 +25,6 @@ __all__ = [
     "parse_scp_codes",
 ]
 
-logger = logging.getLogger(__name__)
-
 #: Column of the published table that holds a record's path, by sampling rate in hertz.
 PATH_COLUMNS = {100: "filename_lr", 500: "filename_hr"}
 #: In PTB-XL an age of 300 stands for 90 years or more.
@@ -41,7 +33,7 @@ CENSORED_AGE = 300
 MAX_SCP_CHARACTERS = 10_000
 
 
-class PTBXLDataset(BaseDataset):
+class PTBXLDataset(ECGDataset):
     """PTB-XL: 21,799 twelve-lead, ten-second ECGs of 18,869 patients (version 1.0.3).
 
     One event a record, of type "ptbxl"; signals stay on disk until a processor reads
@@ -88,6 +80,8 @@ class PTBXLDataset(BaseDataset):
         'MI'
     """
 
+    event_type = "ptbxl"
+
     def __init__(
         self,
         root: str | Path,
@@ -112,14 +106,13 @@ class PTBXLDataset(BaseDataset):
         _check_files(folder, sampling_rate)
         self.sampling_rate = sampling_rate
         self.min_likelihood = float(min_likelihood)
-        #: ecg_id of the records that the last ``set_task`` skipped as unreadable.
-        self.skipped_records: list[int] = []
+        self.skipped_records = []
         statements = folder / "scp_statements.csv"
         self._class_of = diagnostic_classes(statements)
         digest = hashlib.sha256(statements.read_bytes()).hexdigest()[:10]
         super().__init__(
             root=str(folder),
-            tables=["ptbxl"],
+            tables=[self.event_type],
             # What shapes the event table and PyHealth's cache key does not see.
             dataset_name=(
                 f"{dataset_name or 'ptbxl'}_{sampling_rate}hz"
@@ -158,98 +151,6 @@ class PTBXLDataset(BaseDataset):
         return nw.from_native(
             frame.map_partitions(describe, meta=describe(frame._meta))
         )
-
-    def set_task(
-        self,
-        task: BaseTask | None = None,
-        num_workers: int | None = None,
-        input_processors: dict[str, FeatureProcessor] | None = None,
-        output_processors: dict[str, FeatureProcessor] | None = None,
-        split: Split | None = None,
-    ) -> SampleDataset | tuple[SampleDataset, ...]:
-        """Prepare the samples of a task, as PyHealth does.
-
-        A :class:`StratFoldSplit` or :class:`CohortSplit` is first told the folds and
-        labels of this dataset's records, which a PyHealth split cannot see. Records
-        that the task skips are listed in ``skipped_records``; the cache does not see
-        that a waveform was mended since, so delete it then.
-
-        Args:
-            task: the task; default :attr:`default_task`.
-            num_workers: processes; default those of the dataset.
-            input_processors: fitted processors to use, by key.
-            output_processors: fitted processors to use, by key.
-            split: how to part the samples; processors are fitted on the first part.
-
-        Returns:
-            The samples, or a tuple of one dataset a part.
-
-        Raises:
-            ValueError: if a record cannot be used, or a part has no record.
-        """
-        task = self.default_task if task is None else task
-        self.skipped_records = []
-        if isinstance(split, RecordSplit):
-            split = split.bind(self.records(task))
-        parts = super().set_task(
-            task, num_workers, input_processors, output_processors, split
-        )
-        if getattr(task, "on_error", None) == "skip":
-            first = parts if split is None else parts[0]
-            self.skipped_records = self._missing_from(first)
-        if isinstance(split, RecordSplit):
-            self._check_parts(parts, split)
-        if self.skipped_records:
-            logger.warning(
-                "%d records were skipped as unreadable; ecg_id %s",
-                len(self.skipped_records),
-                self.skipped_records,
-            )
-        return parts
-
-    def records(self, task: BaseTask | None = None) -> pl.DataFrame:
-        """Return the table of records, one row each, sorted by ecg_id.
-
-        Args:
-            task: if given and a task with labels, their column "label" is added.
-
-        Returns:
-            Columns patient_id, timestamp and the event attributes.
-        """
-        table = self.global_event_df
-        if hasattr(task, "label_expression"):
-            table = table.with_columns(task.label_expression().alias("label"))
-        return (
-            table.drop("event_type")
-            .rename(lambda name: name.removeprefix("ptbxl/"))
-            .sort("ecg_id")
-            .collect()
-        )
-
-    def _check_parts(
-        self, parts: tuple[SampleDataset, ...], split: RecordSplit
-    ) -> None:
-        """Raise if skipping has emptied a part that the split fills."""
-        filled = {part for part, _ in split.parts().values()}
-        for part in filled:
-            if not len(parts[part]):
-                raise ValueError(
-                    f"No readable record is left in part {part} of the split (0 train, "
-                    "1 validation, 2 test). Fetch the skipped records again: ecg_id "
-                    f"{self.skipped_records}."
-                )
-
-    def _missing_from(self, samples: SampleDataset) -> list[int]:
-        """Return the ecg_id of the records that gave no sample."""
-        whole = SampleDataset(samples.path)
-        expected = self.records().group_by("patient_id").agg("ecg_id")
-        missing = []
-        for patient, ids in expected.iter_rows():
-            indices = whole.patient_to_index.get(patient, [])
-            if len(indices) != len(ids):
-                kept = {int(whole[index]["ecg_id"]) for index in indices}
-                missing += [int(ecg_id) for ecg_id in ids if ecg_id not in kept]
-        return sorted(missing)
 
 
 def parse_scp_codes(text: str) -> dict[str, float]:

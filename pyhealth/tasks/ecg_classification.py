@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import polars as pl
 
-from ..data import Patient
-from ..processors.ecg_processor import (
-    RECIPE_VERSION,
-    STANDARD_LEADS,
-    ECGProcessor,
-    Normalization,
-    RecordError,
-)
-from .base_task import BaseTask
+from ..processors.ecg_processor import Normalization
+from ..processors.ecg_record_processor import STANDARD_LEADS
+from .ecg_task import ECGTask
 
 __all__ = ["SUPERCLASSES", "ECGBinaryClassification"]
-
-logger = logging.getLogger(__name__)
 
 #: PTB-XL's diagnostic superclasses: normal, myocardial infarction, ST/T change,
 #: conduction disturbance, hypertrophy.
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
-#: Seconds of a standard recording.
-RECORDING_SECONDS = 10
 
 
-class ECGBinaryClassification(BaseTask):
+class ECGBinaryClassification(ECGTask):
     """One diagnostic superclass of PTB-XL against all other records.
 
     One sample a record: patient_id, ecg_id, ecg (the record's path, which
@@ -61,6 +50,7 @@ class ECGBinaryClassification(BaseTask):
     """
 
     task_name = "ECGBinaryClassification"
+    event_type = "ptbxl"
 
     def __init__(
         self,
@@ -80,8 +70,6 @@ class ECGBinaryClassification(BaseTask):
             raise ValueError(
                 f"min_likelihood is a percentage, 0 to 100, got {min_likelihood}."
             )
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
         if task_label == "HYP" and normalize == "lead":
             warnings.warn(
                 "HYP is defined by voltage, which normalize='lead' erases (the "
@@ -91,64 +79,12 @@ class ECGBinaryClassification(BaseTask):
                 stacklevel=2,
             )
         self.task_label = task_label
-        self.sampling_rate = sampling_rate
-        self.length = (
-            round(RECORDING_SECONDS * sampling_rate) if length is None else length
-        )
-        self.normalize = normalize
         self.min_likelihood = float(min_likelihood)
-        self.leads = tuple(leads)
-        self.on_error = on_error
-        # PyHealth's cache key does not see code: a changed recipe must change this.
-        self.recipe_version = RECIPE_VERSION
-        settings = {
-            "sampling_rate": self.sampling_rate,
-            "length": self.length,
-            "normalize": self.normalize,
-            "leads": list(self.leads),
-        }
-        ECGProcessor(**settings)  # raises on a wrong setting now, not in set_task
-        self.input_schema = {"ecg": (ECGProcessor, settings)}
         self.output_schema = {"label": "binary"}
-        super().__init__()
+        super().__init__(sampling_rate, length, normalize, leads, on_error)
 
     def label_expression(self) -> pl.Expr:
         """Return the label of an event table's rows, as a polars expression."""
         column = f"ptbxl/{self.task_label.lower()}"
         likely = pl.col(f"{column}_likelihood").fill_null(-1.0) >= self.min_likelihood
         return ((pl.col(column) == 1) & likely).cast(pl.Int64)
-
-    def __call__(self, patient: Patient) -> list[dict[str, str | int]]:
-        """Make the samples of one patient; no waveform is read unless skipping.
-
-        Args:
-            patient: a patient of PTB-XL.
-
-        Returns:
-            One sample a usable record.
-        """
-        events = patient.get_events("ptbxl", return_df=True)
-        rows = events.with_columns(self.label_expression().alias("label"))
-        # By ecg_id, not by date, which can be missing: the order must be reproducible.
-        rows = rows.sort("ptbxl/ecg_id")
-        return [
-            {
-                "patient_id": patient.patient_id,
-                "ecg_id": int(row["ptbxl/ecg_id"]),
-                "ecg": row["ptbxl/record_path"],
-                "label": row["label"],
-            }
-            for row in rows.iter_rows(named=True)
-            if self._usable(row["ptbxl/record_path"])
-        ]
-
-    def _usable(self, record_path: str) -> bool:
-        if self.on_error == "raise":
-            return True  # the processor reads it, and raises
-        _, settings = self.input_schema["ecg"]
-        try:
-            ECGProcessor(**settings).read(record_path)
-        except RecordError as error:
-            logger.warning("Skipped: %s", error)
-            return False
-        return True

@@ -1,0 +1,1 @@
+"""A study: many runs on the same records, compared honestly."""

@@ -1,0 +1,111 @@
+"""The samples of a run's three parts, and where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...datasets.ecg_dataset import ECGDataset
+from ...datasets.ecg_samples import ECGSamples
+from ...datasets.ptbxl_splits import CohortSplit, StratFoldSplit
+from ...tasks.ecg_task import ECGTask
+
+__all__ = ["PreparedData", "identities", "prepare"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The samples of the three parts and where they come from.
+
+    Light to send to another process: the waveforms stay on disk.
+
+    Attributes:
+        task: the task.
+        train: training samples.
+        val: validation samples.
+        test: test samples.
+        description: facts for the record, among them a digest of records and labels.
+
+    Examples:
+        >>> PreparedData.__match_args__[:3]
+        ('task', 'train', 'val')
+    """
+
+    task: ECGTask
+    train: ECGSamples
+    val: ECGSamples
+    test: ECGSamples
+    description: dict[str, str | int | list[int]]
+
+
+def prepare(
+    dataset: ECGDataset,
+    task: ECGTask,
+    n_records: int | None = None,
+    seed: int = 0,
+) -> PreparedData:
+    """Split the corpus and prepare its samples.
+
+    Args:
+        dataset: the corpus.
+        task: the task.
+        n_records: records to train and validate on; default folds 1-8 to train, 9 to
+            validate, 10 to test. With a number, they are drawn by patient from all but
+            the test fold, which is 10, or 9 where the corpus has no fold 10.
+        seed: of that draw.
+
+    Returns:
+        The prepared data.
+
+    Raises:
+        ValueError: if a part would be empty.
+
+    Examples:
+        >>> prepare(dataset, task, n_records=1000)  # doctest: +SKIP
+    """
+    folds = sorted(dataset.records()["strat_fold"].unique())
+    test_fold = 10 if 10 in folds else 9
+    if n_records is None:
+        if not {9, 10} <= set(folds):
+            raise ValueError(
+                f"This corpus has folds {folds}; without folds 9 and 10 there is "
+                "nothing to validate and test on. Set n_records to draw a cohort: its "
+                f"test part is fold {test_fold}."
+            )
+        split = StratFoldSplit()
+    else:
+        split = CohortSplit(n_records, seed=seed, test=(test_fold,))
+    train, val, test = dataset.set_task(task, split=split)
+    description = {
+        "root": str(dataset.root),
+        "digest": _digest((train, val, test)),
+        "test_fold": test_fold,
+        "records_train": len(train),
+        "records_val": len(val),
+        "records_test": len(test),
+        "skipped_records": dataset.skipped_records,
+    }
+    return PreparedData(task, train, val, test, description)
+
+
+def identities(samples: ECGSamples) -> dict[str, list[int] | list[str]]:
+    """Return ecg_id and patient_id in the order of an unshuffled loader.
+
+    Args:
+        samples: the samples.
+
+    Examples:
+        >>> list(identities(samples))  # doctest: +SKIP
+        ['ecg_id', 'patient_id']
+    """
+    return {"ecg_id": samples.ecg_ids, "patient_id": samples.patient_ids}
+
+
+def _digest(parts: Iterable[ECGSamples]) -> str:
+    """Digest who is in each part, with which label."""
+    digest = hashlib.sha256()
+    for part in parts:
+        rows = zip(part.ecg_ids, part.patient_ids, part.labels, strict=True)
+        digest.update(repr(sorted(rows)).encode())
+    return digest.hexdigest()

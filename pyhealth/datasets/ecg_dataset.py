@@ -1,0 +1,137 @@
+"""What the datasets of ECG records have in common."""
+
+from __future__ import annotations
+
+import logging
+
+import polars as pl
+
+from ..processors.base_processor import FeatureProcessor
+from ..tasks import BaseTask
+from ..tasks.ecg_task import ECGTask
+from .base_dataset import BaseDataset
+from .ecg_samples import ECGSamples
+from .ptbxl_splits import RecordSplit
+from .sample_dataset import SampleDataset
+from .splitter import Split
+
+__all__ = ["ECGDataset"]
+
+logger = logging.getLogger(__name__)
+
+
+class ECGDataset(BaseDataset):
+    """A dataset with one event a record, which is a WFDB file on disk.
+
+    Derived classes set ``event_type`` (their table's name) and give each event at
+    least ecg_id, record_path and strat_fold.
+
+    Attributes:
+        skipped_records: ecg_id of the records that the last ``set_task`` skipped as
+            unreadable.
+
+    Examples:
+        >>> from pyhealth.datasets.ptbxl import PTBXLDataset
+        >>> issubclass(PTBXLDataset, ECGDataset)
+        True
+    """
+
+    event_type: str
+    skipped_records: list[int]
+
+    def set_task(
+        self,
+        task: BaseTask | None = None,
+        num_workers: int | None = None,
+        input_processors: dict[str, FeatureProcessor] | None = None,
+        output_processors: dict[str, FeatureProcessor] | None = None,
+        split: Split | None = None,
+    ) -> SampleDataset | tuple[SampleDataset, ...]:
+        """Prepare the samples of a task, as PyHealth does.
+
+        The records of an :class:`~pyhealth.tasks.ecg_task.ECGTask` are read once for
+        each sampling rate and set of leads; other labels, scalings, lengths and splits
+        use what is there. Other tasks are prepared one by one.
+
+        A split by fold or cohort is first told the folds and labels of this dataset's
+        records, which a PyHealth split cannot see. Records that the task skips are
+        listed in ``skipped_records``; the cache does not see that a waveform was mended
+        since, so delete it then.
+
+        Args:
+            task: the task; default :attr:`default_task`.
+            num_workers: processes; default those of the dataset.
+            input_processors: fitted processors to use, by key.
+            output_processors: fitted processors to use, by key.
+            split: how to part the samples; processors are fitted on the first part.
+
+        Returns:
+            The samples, or a tuple of one dataset a part.
+
+        Raises:
+            ValueError: if a record cannot be used, or a part has no record.
+        """
+        task = self.default_task if task is None else task
+        self.skipped_records = []
+        if isinstance(split, RecordSplit):
+            split = split.bind(self.records(task))
+        if not isinstance(task, ECGTask):
+            return super().set_task(
+                task, num_workers, input_processors, output_processors, split
+            )
+        records = super().set_task(task.records_task(), num_workers)
+        table = self.records(task)
+        self.skipped_records = [
+            ecg_id
+            for ecg_id in table["ecg_id"]
+            if str(ecg_id) not in records.record_to_index
+        ]
+        parts = ECGSamples.of_task(
+            records,
+            task,
+            dict(table.select("ecg_id", "label").iter_rows()),
+            split,
+            input_processors,
+            output_processors,
+        )
+        if isinstance(split, RecordSplit):
+            self._check_parts(parts, split)
+        if self.skipped_records:
+            logger.warning(
+                "%d records were skipped as unreadable; ecg_id %s",
+                len(self.skipped_records),
+                self.skipped_records,
+            )
+        return parts[0] if split is None else parts
+
+    def records(self, task: BaseTask | None = None) -> pl.DataFrame:
+        """Return the table of records, one row each, sorted by ecg_id.
+
+        Args:
+            task: if given and a task with labels, their column "label" is added.
+
+        Returns:
+            Columns patient_id, timestamp and the event attributes.
+        """
+        table = self.global_event_df
+        if isinstance(task, ECGTask):
+            table = table.with_columns(task.label_expression().alias("label"))
+        return (
+            table.drop("event_type")
+            .rename(lambda name: name.removeprefix(f"{self.event_type}/"))
+            .sort("ecg_id")
+            .collect()
+        )
+
+    def _check_parts(
+        self, parts: tuple[SampleDataset, ...], split: RecordSplit
+    ) -> None:
+        """Raise if skipping has emptied a part that the split fills."""
+        filled = {part for part, _ in split.parts().values()}
+        for part in filled:
+            if not len(parts[part]):
+                raise ValueError(
+                    f"No readable record is left in part {part} of the split (0 train, "
+                    "1 validation, 2 test). Fetch the skipped records again: ecg_id "
+                    f"{self.skipped_records}."
+                )

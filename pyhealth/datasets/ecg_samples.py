@@ -1,0 +1,228 @@
+"""Samples of ECG tasks, made from records that are prepared once for all tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..processors.base_processor import FeatureProcessor
+from ..processors.ecg_processor import ECGProcessor, Moments
+from ..tasks.ecg_task import ECGTask
+from .sample_dataset import SampleBuilder, SampleDataset
+from .splitter import Split
+
+__all__ = ["ECGSamples"]
+
+type Sample = dict[str, str | int | torch.Tensor]
+
+
+class ECGSamples(SampleDataset):
+    """Samples of one task; scaled, cut and labelled when they are read.
+
+    On disk lie the whole records in millivolt, as
+    :class:`~pyhealth.tasks.ecg_task.ECGRecords` has them prepared. Label, scaling,
+    length and cohort are not stored, so all tasks of one sampling rate share the
+    records, and a change of task reads no waveform again. A sample holds patient_id,
+    ecg_id, ecg (leads, length) and label.
+
+    Made by ``ECGDataset.set_task``.
+
+    Args:
+        path: folder of the prepared records.
+        task: the task.
+        label_of: label by ecg_id.
+        input_processors: an ECGProcessor under "ecg", fitted.
+        output_processors: that of the label under "label", fitted.
+        dataset_name: name to show.
+
+    Examples:
+        >>> train, val, test = dataset.set_task(
+        ...     task, split=StratFoldSplit()
+        ... )  # doctest: +SKIP
+        >>> train.path == val.path  # doctest: +SKIP
+        True
+    """
+
+    def __init__(
+        self,
+        path: str,
+        task: ECGTask,
+        label_of: Mapping[int, int],
+        input_processors: Mapping[str, FeatureProcessor],
+        output_processors: Mapping[str, FeatureProcessor],
+        dataset_name: str | None = None,
+    ) -> None:
+        super().__init__(path, dataset_name, task.task_name)
+        self.task = task
+        self.label_of = dict(label_of)
+        self.input_schema = task.input_schema
+        self.output_schema = task.output_schema
+        self.input_processors = dict(input_processors)
+        self.output_processors = dict(output_processors)
+
+    @classmethod
+    def of_task(
+        cls,
+        records: SampleDataset,
+        task: ECGTask,
+        label_of: Mapping[int, int],
+        split: Split | None = None,
+        input_processors: Mapping[str, FeatureProcessor] | None = None,
+        output_processors: Mapping[str, FeatureProcessor] | None = None,
+    ) -> tuple[ECGSamples, ...]:
+        """Fit a task's processors on the training part, and return every part.
+
+        Args:
+            records: the prepared records.
+            task: the task.
+            label_of: label by ecg_id.
+            split: how to part the samples; one part by default.
+            input_processors: a fitted ECGProcessor to use, under "ecg".
+            output_processors: a fitted processor to use, under "label".
+
+        Returns:
+            One dataset a part, the training part first.
+
+        Raises:
+            ValueError: if the training part holds one class only, or no signal that
+                varies where the scaling is fitted, or if a given processor does not
+                fit the records.
+        """
+        builder = SampleBuilder(
+            task.input_schema, task.output_schema, input_processors, output_processors
+        )
+        builder.fit(_facts(records, task, label_of), split)
+        _check_processor(builder.input_processors["ecg"], task)
+        whole = cls(
+            records.path,
+            task,
+            label_of,
+            builder.input_processors,
+            builder.output_processors,
+            records.dataset_name,
+        )
+        if split is None:
+            return (whole,)
+        whole.fit_split = split.to_dict()
+        return tuple(whole.subset(indices) for indices in builder.split_indices)
+
+    @property
+    def processor(self) -> ECGProcessor:
+        """What makes the signal of a sample from a record."""
+        return self.input_processors["ecg"]
+
+    @property
+    def ecg_ids(self) -> list[int]:
+        """The records' ecg_id in the order of the samples; no waveform is read."""
+        return [int(record_id) for record_id in _in_order(self.record_to_index)]
+
+    @property
+    def patient_ids(self) -> list[str]:
+        """The records' patient_id in the order of the samples."""
+        return _in_order(self.patient_to_index)
+
+    @property
+    def labels(self) -> list[int]:
+        """The labels in the order of the samples."""
+        return [self.label_of[ecg_id] for ecg_id in self.ecg_ids]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one sample."""
+        record = super().__getitem__(index)
+        label = self.label_of[record["ecg_id"]]
+        return {
+            "patient_id": record["patient_id"],
+            "ecg_id": record["ecg_id"],
+            "ecg": self.processor.finish(record["ecg"]),
+            "label": self.output_processors["label"].process(label),
+        }
+
+    def joined(self, other: ECGSamples) -> ECGSamples:
+        """Return the samples of both, of which this one's processors were fitted.
+
+        Args:
+            other: samples of the same records, none of them in this one.
+
+        Raises:
+            ValueError: if they are of other records.
+        """
+        if other.path != self.path:
+            raise ValueError(f"Samples of {self.path} cannot join {other.path}.")
+        whole = ECGSamples(
+            self.path,
+            self.task,
+            self.label_of | other.label_of,
+            self.input_processors,
+            self.output_processors,
+            self.dataset_name,
+        )
+        ecg_ids = self.ecg_ids + other.ecg_ids
+        indices = [whole.record_to_index[str(ecg_id)][0] for ecg_id in ecg_ids]
+        return whole.subset(sorted(indices))
+
+    def subset(self, indices: Sequence[int] | slice) -> ECGSamples:
+        """Return the samples at some indices, in that order."""
+        part = super().subset(indices)
+        part.label_of = {ecg_id: self.label_of[ecg_id] for ecg_id in part.ecg_ids}
+        return part
+
+    def record(self, index: int) -> torch.Tensor:
+        """Return a whole record (leads, samples) in millivolt."""
+        return super().__getitem__(index)["ecg"]
+
+    def close(self) -> None:
+        """Do nothing: the records on disk are not this dataset's alone."""
+
+
+def _check_processor(processor: FeatureProcessor, task: ECGTask) -> None:
+    wanted = (task.sampling_rate, tuple(task.leads))
+    if not isinstance(processor, ECGProcessor) or wanted != (
+        processor.sampling_rate,
+        processor.leads,
+    ):
+        raise ValueError(
+            f"input_processors['ecg'] must be an ECGProcessor at {task.sampling_rate} "
+            f"Hz with the leads {list(task.leads)}, got {processor!r}."
+        )
+
+
+def _facts(
+    records: SampleDataset, task: ECGTask, label_of: Mapping[int, int]
+) -> Sequence[dict[str, str | int | Moments | None]]:
+    """Return what fitting needs to know of each record; no waveform, if it can be."""
+    ids = [int(record_id) for record_id in _in_order(records.record_to_index)]
+    moments: Iterator[Moments | None] = iter([None] * len(ids))
+    if task.normalize == "dataset":
+        moments = iter(_moments(records))
+    return [
+        {
+            "patient_id": patient_id,
+            "record_id": str(ecg_id),
+            "ecg": moment,
+            "label": label_of[ecg_id],
+        }
+        for patient_id, ecg_id, moment in zip(
+            _in_order(records.patient_to_index), ids, moments, strict=True
+        )
+    ]
+
+
+def _moments(records: SampleDataset) -> list[Moments]:
+    """Return every record's moments; computed once, kept beside the records."""
+    path = Path(records.path) / "moments.npy"
+    if not path.exists():
+        found = [Moments.of(record["ecg"].numpy()) for record in records]
+        half_made = path.with_name(f"{os.getpid()}.{path.name}")
+        np.save(half_made, np.array(found))
+        half_made.replace(path)  # whole or not at all, whoever else makes it now
+    return [Moments(*row) for row in np.load(path).tolist()]
+
+
+def _in_order(index_of: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the keys of a mapping to sample indices, in the samples' order."""
+    pairs = ((index, key) for key, indices in index_of.items() for index in indices)
+    return [key for _, key in sorted(pairs)]
