@@ -17,5 +17,8 @@ setup(
         "pyhealth.bilevel",
         "pyhealth.bilevel.study",
     ],
-    package_data={"pyhealth.datasets.configs": ["ptbxl.yaml"]},
+    package_data={
+        "pyhealth.datasets.configs": ["ptbxl.yaml"],
+        "pyhealth.bilevel.study": ["report.html.jinja"],
+    },
 )

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
 # PyHealth is imported inside the functions: its Dask workers import this script again.
 
 TASKS = ("MI", "HYP", "STTC", "CD", "NORM")
-MODES = ("standard", "bilevel", "ablation", "lr_sweep", "study")
+MODES = ("standard", "bilevel", "ablation", "lr_sweep", "study", "report")
 ABLATION = ("A", "B", "C", "D", "E", "F")
 SYNTHETIC_PATIENTS = 400
 #: What a run uses where nothing is said: full size on real data, small on invented.
@@ -35,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data_root", help="folder of PTB-XL")
     source.add_argument(
         "--synthetic", action="store_true", help="use a small invented corpus"
@@ -79,6 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=64,
         help="training records that 'alignment' compares the operations on, a step",
     )
+    add("--outer_every", type=int, default=1, help="inner steps a step of the policy")
     add("--warmup_epochs", type=int, default=1, help="epochs before the policy moves")
     add(
         "--n_records",
@@ -125,6 +128,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
     )
     arguments = parser.parse_args(argv)
+    if not (arguments.data_root or arguments.synthetic or arguments.mode == "report"):
+        parser.error("give --data_root FOLDER, or --synthetic")
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     several = [
@@ -207,6 +212,7 @@ def settings_of(arguments: argparse.Namespace):
         hypergradient=arguments.hypergradient,
         outer_loss=arguments.outer_loss,
         alignment_records=arguments.alignment_records,
+        outer_every=arguments.outer_every,
         warmup_epochs=arguments.warmup_epochs,
         seed=arguments.seed,
         device=arguments.device,
@@ -217,7 +223,6 @@ def settings_of(arguments: argparse.Namespace):
 
 def run_alone(arguments: argparse.Namespace) -> None:
     """Train with every seed in this process, or in those of a launcher."""
-    import json
     from dataclasses import replace
 
     from pyhealth.bilevel.distributed import Processes, prepared_by_main
@@ -267,6 +272,7 @@ def describe(scores: dict) -> str:
 
 def run_several(arguments: argparse.Namespace) -> None:
     """Run a study, an ablation or a sweep: what is missing of it, side by side."""
+    from pyhealth.bilevel.checkpoint import write_whole
     from pyhealth.bilevel.study.cluster import client_of, run_study
     from pyhealth.bilevel.study.configurations import CONFIGURATIONS, chosen, lr_sweep
     from pyhealth.bilevel.study.jobs import StudyPlan
@@ -286,6 +292,12 @@ def run_several(arguments: argparse.Namespace) -> None:
         range(arguments.seed, arguments.seed + arguments.num_seeds),
         equal_seconds=arguments.mode == "study",
     )
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        folder / "study.json",
+        json.dumps({"command": shlex.join(["python", *sys.argv])}).encode(),
+    )
     dataset = open_dataset(arguments)
     with client_of(arguments.scheduler, arguments.workers) as (client, threads):
         outcomes = run_study(
@@ -296,17 +308,26 @@ def run_several(arguments: argparse.Namespace) -> None:
             threads,
         )
     print(f"\n{summary(write_tables(arguments.output_dir))}")
+    report(arguments)
     failed = [str(outcome) for outcome in outcomes if outcome.state != "done"]
     if failed:
         raise ArithmeticError("\n".join([f"{len(failed)} runs failed:", *failed]))
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Make the page on what a study has stored."""
+    from pyhealth.bilevel.study.report import write_report
+
+    print(f"\nReport: {write_report(arguments.output_dir)}")
+
+
 def run_mode(arguments: argparse.Namespace) -> None:
     """Run the mode and print what happened."""
+    if arguments.mode == "report":
+        return report(arguments)
     if arguments.mode in ("standard", "bilevel"):
-        run_alone(arguments)
-    else:
-        run_several(arguments)
+        return run_alone(arguments)
+    return run_several(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,13 +37,13 @@ RANGES = {
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures written during a test, in order."""
-    figures, write = [], plots._write
+    figures, write = [], plots.write_png
 
     def keep(figure, path):
         figures.append(figure)
         return write(figure, path)
 
-    monkeypatch.setattr(plots, "_write", keep)
+    monkeypatch.setattr(plots, "write_png", keep)
     return figures
 
 

@@ -8,8 +8,6 @@ memory first: a call that raises leaves no file behind.
 
 from __future__ import annotations
 
-import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +16,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics
+
+from .plot_style import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    DPI,
+    GREY,
+    ORANGE,
+    PathLike,
+    new_figure,
+    style_axes,
+    write_png,
+)
 
 __all__ = [
     "STANDARD_LEADS",
@@ -38,21 +48,14 @@ STANDARD_LEADS = (*_LIMB_LEADS, "V1", "V2", "V3", "V4", "V5", "V6")
 Row = Mapping[str, float | None]
 History = Sequence[Row] | pd.DataFrame
 _Segment = tuple[int, int, str, int, int]
-PathLike = str | os.PathLike[str]
-
-_PIXELS_PER_MM = 6  # a whole number, so that the ECG grid falls on whole pixels
-_DPI = 25.4 * _PIXELS_PER_MM
 _MM_PER_SECOND, _MM_PER_UNIT = 25.0, 10.0  # ECG paper: 25 mm/s and 10 mm/mV
 _MAX_SECONDS, _MAX_HEIGHT = 30.0, 2000.0  # s, mm: beyond that it is no page
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
-_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#000000")  # Okabe and Ito
-_CLASSES = (("neg", "o", _BLUE, -0.14), ("pos", "D", _ORANGE, 0.14))
+_CLASSES = (("neg", "o", BLUE, -0.14), ("pos", "D", ORANGE, 0.14))
 _INKS = (
     {"color": "black", "lw": 0.7},
     {"color": "#0050C8", "lw": 1.3},
     {"color": "#B34700", "lw": 1.3, "ls": (0, (4, 1))},
 )
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
 
 def plot_learning_curves(history: History, path: PathLike) -> Path:
@@ -93,22 +96,22 @@ def plot_learning_curves(history: History, path: PathLike) -> Path:
     panels = {title: keys for title, keys in panels.items() if drawn.keys() & keys}
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    figure = _figure(5.6 * columns, 3.6 * lines)
+    figure = new_figure(5.6 * columns, 3.6 * lines)
     for place, (title, keys) in enumerate(panels.items(), start=1):
         ax = figure.add_subplot(lines, columns, place)
-        _style(ax, title, "epoch")
+        style_axes(ax, title, "epoch")
         ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for i, (key, label) in enumerate(keys.items()):
             if key not in drawn:
                 continue
             x, y = (v[np.isfinite(drawn[key])] for v in (epochs, drawn[key]))
-            look = {"color": _COLOURS[i], "linestyle": _DASHES[i], "marker": "os"[i]}
+            look = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": "os"[i]}
             ax.plot(x, y, label=label, markersize=4, **look)
             if key == "roc_auc":
                 best = int(y.argmax())  # the first of equals, as a trainer keeps it
                 text = f"best AUROC: {y[best]:.3f} in epoch {x[best]:g}"
-                ax.axvline(x[best], color=_GREY, linestyle=":", zorder=1)
+                ax.axvline(x[best], color=GREY, linestyle=":", zorder=1)
                 star = {"markersize": 15, "color": "gold", "markeredgecolor": "black"}
                 ax.plot(x[best], y[best], marker="*", ls="none", label=text, **star)
             if key.startswith("hyper") and x[0] > epochs[0]:
@@ -117,9 +120,9 @@ def plot_learning_curves(history: History, path: PathLike) -> Path:
             if key == "hypergradient_norm" and 0 < 30 * y.min() < y.max():
                 ax.set_yscale("log")
             if key == "hypergradient_snr":
-                ax.axhline(1, color=_GREY, linestyle="--", label="signal = noise")
+                ax.axhline(1, color=GREY, linestyle="--", label="signal = noise")
         ax.legend(fontsize=10)
-    return _write(figure, path)
+    return write_png(figure, path)
 
 
 def plot_policy(
@@ -179,10 +182,10 @@ def plot_policy(
     middles = (epochs[1:] + epochs[:-1]) / 2
     edges = np.array([epochs[0] - 0.5, *middles, epochs[-1] + 0.5])
     heights = np.arange(len(op_names) + 1) - 0.5
-    figure = _figure(13, 0.3 + len(stages) * (1.2 + 0.42 * len(op_names)))
+    figure = new_figure(13, 0.3 + len(stages) * (1.2 + 0.42 * len(op_names)))
     axes = figure.subplots(len(stages), 2, squeeze=False, sharey=True)
     for (left, right), stage, values in zip(axes, stages, p, strict=True):
-        _style(left, f"Stage {stage}: probability", "epoch")
+        style_axes(left, f"Stage {stage}: probability", "epoch")
         left.set_facecolor("#BBBBBB")  # what a missing value shows
         mesh = left.pcolormesh(edges, heights, values, **scale)
         left.grid(False)
@@ -197,7 +200,7 @@ def plot_policy(
     bar.ax.set_ylim(max(0, uniform - reach), min(1, uniform + reach))
     text = f"probability (white: uniform, {uniform:.3f}; full colour: ± {reach:.3f})"
     bar.set_label(text, fontsize=10)
-    return _write(figure, path)
+    return write_png(figure, path)
 
 
 def plot_roc_pr(
@@ -226,10 +229,10 @@ def plot_roc_pr(
     """
     if not curves:
         raise ValueError("There is no curve to plot: curves is empty.")
-    figure = _figure(11, 5.3 + 0.25 * len(curves))
+    figure = new_figure(11, 5.3 + 0.25 * len(curves))
     roc, pr = figure.subplots(1, 2)
-    _style(roc, "ROC", "1 - specificity", "sensitivity")
-    _style(pr, "Precision-recall", "recall (sensitivity)", "precision")
+    style_axes(roc, "ROC", "1 - specificity", "sensitivity")
+    style_axes(pr, "Precision-recall", "recall (sensitivity)", "precision")
     chances: dict[str, float] = {}
     for i, (name, (y_true, y_prob)) in enumerate(curves.items()):
         y, score = np.asarray(y_true), np.asarray(y_prob)
@@ -241,7 +244,7 @@ def plot_roc_pr(
         if np.unique(y).size != 2:
             found = f"one class only ({int(y.sum())} positives in {y.size})"
             raise ValueError(f"{name}: y_true holds {found}; both are needed.")
-        colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)]
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
         line = {"color": colour, "linestyle": dash, "linewidth": 1.8}
         area = f"{metrics.roc_auc_score(y, score):.3f} (n = {y.size})"
         false_rate, true_rate, _ = metrics.roc_curve(y, score)
@@ -253,14 +256,14 @@ def plot_roc_pr(
         precision = np.append(precision, precision[-1])
         pr.step(recall, precision, where="post", label=f"{name}: AUPRC {area}", **line)
         chances[f"{y.mean():.3f}"] = float(y.mean())
-    dotted = {"color": _GREY, "linestyle": ":", "linewidth": 1}
+    dotted = {"color": GREY, "linestyle": ":", "linewidth": 1}
     roc.plot([0, 1], [0, 1], label="chance: AUROC 0.500", **dotted)
     for text, chance in chances.items():
         pr.axhline(chance, label=f"chance: AUPRC {text} (share of positives)", **dotted)
     for ax in (roc, pr):
         ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=10)
-    return _write(figure, path)
+    return write_png(figure, path)
 
 
 def plot_ecg(
@@ -360,36 +363,7 @@ def plot_ecg(
         corner = {"bbox_to_anchor": (width, -1), "bbox_transform": ax.transData}
         pads = {"frameon": False, "borderpad": 0, "borderaxespad": 0.3}
         ax.legend(loc="upper right", ncols=3, fontsize=10, **corner, **pads)
-    return _write(figure, path)
-
-
-def _write(figure: Figure, path: PathLike) -> Path:
-    """Render in memory, then write: an error while drawing leaves no file."""
-    target = Path(path)
-    if target.suffix.lower() != ".png":
-        raise ValueError(f"{target.name!r}: pictures are PNG; end it in '.png'.")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(buffer.getvalue())
-    return target
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty white figure; width and height in inches."""
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    return Figure((width, height), dpi=_DPI, layout=layout, facecolor="white")
-
-
-def _style(ax: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
-    """Set what every panel has in common, and not leave it to the user's rcParams."""
-    ax.set_title(title, fontsize=12, fontweight="bold", loc="left")
-    ax.set_xlabel(xlabel, fontsize=11)
-    ax.set_ylabel(ylabel, fontsize=11)
-    ax.tick_params(labelsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#E3E3E3", linewidth=0.7)
-    ax.set_axisbelow(True)
+    return write_png(figure, path)
 
 
 def _beside(ax: Axes, y: float, text: str) -> None:
@@ -425,7 +399,7 @@ def _magnitude_panel(
     ranges: Mapping[str, tuple[float, float, str]],
 ) -> None:
     """Draw each operation's magnitude of either class on a bar of its own range."""
-    _style(ax, "Magnitude in its range", "")
+    style_axes(ax, "Magnitude in its range", "")
     ax.grid(False)
     ax.set(xlim=(-0.12, 1.12), xticks=[])
     ax.tick_params(axis="y", left=False, labelleft=False)
@@ -436,7 +410,7 @@ def _magnitude_panel(
         if high > low:
             ax.barh(y, 1, height=0.66, color="#EFEFEF", edgecolor="#BBBBBB")
             for x, side, end in ((-0.03, "right", low), (1.03, "left", high)):
-                ax.text(x, y, f"{end:g}", ha=side, va="center", fontsize=9, color=_GREY)
+                ax.text(x, y, f"{end:g}", ha=side, va="center", fontsize=9, color=GREY)
             for kind, marker, colour, shift in _CLASSES:
                 value = _column([last], f"magnitude_{kind}/{stage}/{op}")[0]
                 x = (value - low) / (high - low)
@@ -493,9 +467,7 @@ def _checked_signals(
 def _ecg_paper(width: float, height: float, head: float) -> tuple[Figure, Axes]:
     """Pink paper in a white frame; the unit of the axes is a millimetre of paper."""
     page_width, page_height = width + 10, height + 9 + head
-    figure = Figure(
-        (page_width / 25.4, page_height / 25.4), dpi=_DPI, facecolor="white"
-    )
+    figure = Figure((page_width / 25.4, page_height / 25.4), dpi=DPI, facecolor="white")
     box = (5 / page_width, 9 / page_height, width / page_width, height / page_height)
     ax = figure.add_axes(box, xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.set_facecolor("#FFF8F8")

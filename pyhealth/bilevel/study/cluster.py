@@ -206,7 +206,8 @@ def _run_job(
         torch.set_num_threads(threads)
         try:
             settings = settings_of_job(job, plan, folder)
-            run(settings, data, target, resume=True, pictures=False)
+            first = job.seed == plan.seeds[0]  # the others' would look much the same
+            run(settings, data, target, resume=True, pictures=first)
         except Exception as error:  # reported, with its log; the other jobs go on
             traceback.print_exc()
             message = f"{type(error).__name__}: {error} ({target / 'run.log'})"

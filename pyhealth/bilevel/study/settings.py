@@ -45,6 +45,7 @@ class RunSettings:
         hypergradient: how the policy's derivative is formed.
         outer_loss: what the policy lowers: "model", "ranking" or "calibrated".
         alignment_records: training records that "alignment" enumerates in a step.
+        outer_every: inner steps a step of the policy.
         warmup_epochs: first epochs without a step of the policy.
         seed: of initial weights, order of the records and the policy's draws.
         device: "cpu", "cuda" or None for the best there is.
@@ -77,6 +78,7 @@ class RunSettings:
     hypergradient: OuterMethod = "alignment"
     outer_loss: Literal["model", "ranking", "calibrated"] = "ranking"
     alignment_records: int = 64
+    outer_every: int = 1
     warmup_epochs: int = 1
     seed: int = 0
     device: str | None = None

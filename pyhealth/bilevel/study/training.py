@@ -86,6 +86,7 @@ def train(
         hypergradient=settings.hypergradient if settings.policy == "learned" else None,
         outer_loss=settings.outer_loss,
         alignment_records=settings.alignment_records,
+        outer_every=settings.outer_every,
         load_best_model_at_last=not settings.train_on_validation,
         on_epoch=_write_history(folder),
         on_hypergradient=random_signs if settings.random_signs else None,
