@@ -18,7 +18,7 @@ setup(
         "pyhealth.bilevel.study",
     ],
     package_data={
-        "pyhealth.datasets.configs": ["ptbxl.yaml"],
+        "pyhealth.datasets.configs": ["ptbxl.yaml", "ecg_folder.yaml"],
         "pyhealth.bilevel.study": ["report.html.jinja"],
     },
 )

@@ -40,6 +40,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data_root", help="folder of PTB-XL")
     source.add_argument(
+        "--records_root", help="folder of your own WFDB records with a records.csv"
+    )
+    source.add_argument(
         "--synthetic", action="store_true", help="use a small invented corpus"
     )
     add(
@@ -61,6 +64,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("lead", "record", "dataset", "none"),
         default="lead",
         help="scaling of the signals; 'dataset' keeps voltage, which HYP needs",
+    )
+    add(
+        "--leads", help="of your own records, such as I,II,V5; the twelve standard ones"
     )
     add("--outer_lr", type=float, default=3e-2, help="learning rate of the policy")
     add(
@@ -128,8 +134,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
     )
     arguments = parser.parse_args(argv)
-    if not (arguments.data_root or arguments.synthetic or arguments.mode == "report"):
-        parser.error("give --data_root FOLDER, or --synthetic")
+    sources = (arguments.data_root, arguments.records_root, arguments.synthetic)
+    if not any(sources) and arguments.mode != "report":
+        parser.error("give --data_root FOLDER, --records_root FOLDER or --synthetic")
+    if arguments.records_root:
+        arguments.task = ["label"]
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     several = [
@@ -169,9 +178,12 @@ def synthetic_root(arguments: argparse.Namespace) -> Path:
 
 def open_dataset(arguments: argparse.Namespace):
     """Open the corpus, written first if it is the invented one."""
+    from pyhealth.datasets.ecg_folder import ECGFolderDataset
     from pyhealth.datasets.ptbxl import PTBXLDataset
 
     cache_dir = arguments.cache_dir
+    if arguments.records_root:
+        return ECGFolderDataset(arguments.records_root, cache_dir=cache_dir)
     if arguments.synthetic:
         root = synthetic_root(arguments)
         cache_dir = root.parent
@@ -186,14 +198,20 @@ def prepare_data(arguments: argparse.Namespace, dataset, task: str, size: int, s
     """Prepare the samples of a task and a cohort; the waveforms are read once."""
     from pyhealth.bilevel.study.data import prepare
     from pyhealth.tasks.ecg_classification import ECGBinaryClassification
+    from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
 
-    task = ECGBinaryClassification(
-        task,
-        sampling_rate=arguments.sampling_rate,
-        length=arguments.length,
-        normalize=arguments.normalize,
-    )
-    return prepare(dataset, task, size or None, seed)
+    signals = {
+        "sampling_rate": arguments.sampling_rate,
+        "length": arguments.length,
+        "normalize": arguments.normalize,
+    }
+    if arguments.records_root:
+        if arguments.leads:
+            signals["leads"] = arguments.leads.split(",")
+        made = ECGFolderClassification(**signals)
+    else:
+        made = ECGBinaryClassification(task, **signals)
+    return prepare(dataset, made, size or None, seed)
 
 
 def settings_of(arguments: argparse.Namespace):

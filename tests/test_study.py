@@ -14,10 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dask.distributed import Client, LocalCluster
 from pyhealth.datasets.utils import collate_fn_dict_with_padding
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+from stored_study import stored_study
 
+from pyhealth.bilevel.study import cluster as cluster_module
 from pyhealth.bilevel.study.cluster import client_of, run_study
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS, Configuration, chosen
 from pyhealth.bilevel.study.data import prepare
@@ -303,6 +306,17 @@ def test_a_worker_that_is_killed_loses_no_job(dataset, tmp_path):
         assert len(pd.read_csv(Path(path) / "history.csv")) == 30
 
 
+def test_a_study_without_workers_does_not_wait_for_ever(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "CHECK_EVERY", 0.2)
+    part = partial(prepared, dataset)
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0") as empty,
+        Client(empty) as client,
+        pytest.raises(OSError, match="All workers are gone, 1 runs are left"),
+    ):
+        run_study(plan_of(["A"]), part, tmp_path, client)
+
+
 # Statistics -------------------------------------------------------------------------
 
 
@@ -402,48 +416,9 @@ def test_scores_of_hand_made_predictions():
 # Results ----------------------------------------------------------------------------
 
 
-def store(folder, job, probability, label, seconds=10.0):
-    """Write a run as ``run`` does, with given test predictions."""
-    target = folder / job.name
-    target.mkdir(parents=True)
-    predictions = pd.DataFrame(
-        {
-            "ecg_id": range(len(label)),
-            "patient_id": [str(i // 2) for i in range(len(label))],
-            "label": label,
-            "probability": probability,
-        }
-    )
-    predictions.to_csv(target / "predictions.csv", index=False)
-    learned = CONFIGURATIONS[job.configuration].learns
-    policy = TaskAugPolicy(1, sampling_rate=100)
-    policy.randomize_(torch.Generator().manual_seed(0)).save(target / "policy.json")
-    metrics = {
-        "best_epoch": 1,
-        "epochs": 2,
-        "seconds": seconds,
-        "policy_p_value": 0.03 if learned else None,
-        "leak_auroc": 0.5 if learned else None,
-        "val": {"roc_auc": 0.7},
-        "test": score(predictions),
-    }
-    (target / "metrics.json").write_text(json.dumps(metrics))
-
-
 @pytest.fixture
 def stored(tmp_path):
-    """D is better by far, E the same but for noise, S worse; A+ has fewer seeds."""
-    rng = np.random.default_rng(0)
-    label = np.arange(300) % 3 == 0
-    strength = {"A": 1.0, "D": 2.5, "E": 1.0, "S": 0.0}
-    for seed in range(5):
-        for letter, size in strength.items():
-            probability = 1 / (1 + np.exp(-size * label - rng.normal(size=300)))
-            job = Job("MI", 500, seed, letter)
-            store(tmp_path, job, probability, label.astype(int))
-    store(tmp_path, Job("MI", 500, 0, "A+"), rng.random(300), label.astype(int))
-    store(tmp_path, Job("MI", 500, 0, "A", "seconds"), rng.random(300), label * 1)
-    return tmp_path
+    return stored_study(tmp_path)
 
 
 def test_the_comparison_says_what_was_shown(stored):

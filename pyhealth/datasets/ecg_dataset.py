@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class ECGDataset(BaseDataset):
     """A dataset with one event a record, which is a WFDB file on disk.
 
-    Derived classes set ``event_type`` (their table's name) and give each event at
-    least ecg_id, record_path and strat_fold.
+    Derived classes set ``event_type`` (their table's name), give each event at least
+    ecg_id, record_path and strat_fold, and say their :meth:`usual_split`.
 
     Attributes:
         skipped_records: ecg_id of the records that the last ``set_task`` skipped as
@@ -103,6 +103,14 @@ class ECGDataset(BaseDataset):
                 self.skipped_records,
             )
         return parts[0] if split is None else parts
+
+    def usual_split(self) -> RecordSplit:
+        """Return the split into training, validation and test part by fold.
+
+        Raises:
+            ValueError: if the folds do not allow one.
+        """
+        raise NotImplementedError
 
     def records(self, task: BaseTask | None = None) -> pl.DataFrame:
         """Return the table of records, one row each, sorted by ecg_id.

@@ -131,6 +131,21 @@ class PTBXLDataset(ECGDataset):
         """Myocardial infarction against all other records."""
         return ECGBinaryClassification("MI")
 
+    def usual_split(self) -> StratFoldSplit:
+        """Return the published split: folds 1 to 8 train, 9 validates, 10 tests.
+
+        Raises:
+            ValueError: if this corpus has no fold 9 or 10.
+        """
+        folds = sorted(self.records()["strat_fold"].unique())
+        if not {9, 10} <= set(folds):
+            raise ValueError(
+                f"This corpus has folds {folds}; without folds 9 and 10 there is "
+                "nothing to validate and test on. Set n_records to draw a cohort: its "
+                f"test part is fold {max(folds)}."
+            )
+        return StratFoldSplit()
+
     def preprocess_ptbxl(self, table: nw.LazyFrame) -> nw.LazyFrame:
         """Add the columns that the published table does not have.
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import torch
-from dask.distributed import Client, Future, LocalCluster, as_completed
+from dask.distributed import Client, Future, LocalCluster, wait
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
@@ -26,6 +27,8 @@ __all__ = ["Outcome", "client_of", "run_study"]
 
 #: Torch's generators and threads belong to the process, so a process runs one job.
 _ONE_AT_A_TIME = threading.Lock()
+#: Seconds after which a wait looks whether there are workers.
+CHECK_EVERY = 60
 #: What a worker process finds in its environment before it starts.
 _ENVIRONMENT = {"LITDATA_DISABLE_VERSION_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -79,15 +82,17 @@ def client_of(
             yield client, 1
         return
     cores = os.cpu_count() or 1
+    # A computer that slept for minutes must not count its workers as dead.
+    dask.config.set({"distributed.scheduler.worker-ttl": None})
     workers = workers or (1 if torch.cuda.is_available() else cores)
     with (
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
-            dashboard_address=None,
+            dashboard_address=":0",
             memory_limit=0,
             env=_ENVIRONMENT,
-            silence_logs=logging.ERROR,
+            silence_logs=logging.WARNING,
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -121,6 +126,7 @@ def run_study(
 
     Raises:
         ValueError: if a run in the folder was made with other settings or data.
+        OSError: if all workers are gone.
 
     Examples:
         >>> run_study(plan, prepare, "output", client)  # doctest: +SKIP
@@ -151,12 +157,30 @@ def run_study(
         )
     with tqdm(total=len(jobs), initial=len(outcomes), desc="runs", unit="run") as bar:
         job_of = {future: job for job, future in futures.items()}
-        for future in as_completed(job_of):
+        for future in _as_completed(client, list(job_of)):
             outcome = _result(future, job_of[future], folder)
             outcomes[outcome.job] = outcome
             say(str(outcome))
             bar.update()
     return [outcomes[job] for job in jobs]
+
+
+def _as_completed(client: Client, waiting: list[Future]) -> Iterator[Future]:
+    """Yield futures as they end; raise where nobody is left to end them."""
+    alone = 0
+    while waiting:
+        try:
+            done = wait(waiting, timeout=CHECK_EVERY, return_when="FIRST_COMPLETED")
+        except TimeoutError:
+            alone = 0 if client.scheduler_info()["workers"] else alone + 1
+            if alone > 1:  # a worker that is started anew has had the time to come
+                raise OSError(
+                    f"All workers are gone, {len(waiting)} runs are left. The same "
+                    "command goes on with them."
+                ) from None
+            continue
+        yield from done.done
+        waiting = list(done.not_done)
 
 
 def _is_done(job: Job, plan: StudyPlan, data: PreparedData, folder: Path) -> bool:

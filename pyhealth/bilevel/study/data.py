@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...datasets.ecg_dataset import ECGDataset
 from ...datasets.ecg_samples import ECGSamples
-from ...datasets.ptbxl_splits import CohortSplit, StratFoldSplit
+from ...datasets.ptbxl_splits import CohortSplit
 from ...tasks.ecg_task import ECGTask
 
 __all__ = ["PreparedData", "identities", "prepare"]
@@ -50,9 +50,9 @@ def prepare(
     Args:
         dataset: the corpus.
         task: the task.
-        n_records: records to train and validate on; default folds 1-8 to train, 9 to
-            validate, 10 to test. With a number, they are drawn by patient from all but
-            the test fold, which is 10, or 9 where the corpus has no fold 10.
+        n_records: records to train and validate on; default the dataset's usual split
+            by fold. With a number, they are drawn by patient from all but the last
+            fold, which tests.
         seed: of that draw.
 
     Returns:
@@ -64,18 +64,12 @@ def prepare(
     Examples:
         >>> prepare(dataset, task, n_records=1000)  # doctest: +SKIP
     """
-    folds = sorted(dataset.records()["strat_fold"].unique())
-    test_fold = 10 if 10 in folds else 9
-    if n_records is None:
-        if not {9, 10} <= set(folds):
-            raise ValueError(
-                f"This corpus has folds {folds}; without folds 9 and 10 there is "
-                "nothing to validate and test on. Set n_records to draw a cohort: its "
-                f"test part is fold {test_fold}."
-            )
-        split = StratFoldSplit()
-    else:
-        split = CohortSplit(n_records, seed=seed, test=(test_fold,))
+    test_fold = int(dataset.records()["strat_fold"].max())
+    split = (
+        dataset.usual_split()
+        if n_records is None
+        else CohortSplit(n_records, seed=seed, test=(test_fold,))
+    )
     train, val, test = dataset.set_task(task, split=split)
     description = {
         "root": str(dataset.root),

@@ -1,0 +1,195 @@
+"""A folder of anybody's own WFDB records, with a table of patients and labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dask.dataframe as dd
+import narwhals as nw
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
+
+from .ecg_dataset import ECGDataset
+from .ptbxl_splits import FOLDS, StratFoldSplit
+
+__all__ = ["ECGFolderDataset"]
+
+TABLE = "records.csv"
+#: Of how many bad rows an error tells; their number is told in any case.
+SHOWN = 10
+
+
+class ECGFolderDataset(ECGDataset):
+    r"""A folder with WFDB records and ``records.csv``, one row a record.
+
+    ========= ========================================================================
+    column    content
+    ========= ========================================================================
+    record    path of the record below the folder, without suffix: ``a/0001`` for
+              ``a/0001.hea`` with its ``.dat`` or ``.mat``
+    patient   any text that is the same for all records of one patient
+    label     0 or 1
+    fold      1 to 10, optional, one fold a patient; the last one tests and the one
+              before it validates. Without the column patients are dealt out to ten
+              folds, the label's prevalence kept.
+    ========= ========================================================================
+
+    Other columns are ignored. Every row is checked before anything is read. Event
+    attributes: ecg_id (the row's number, from 1), record_path, given_label, strat_fold.
+    Nothing is written to the folder.
+
+    Args:
+        root: the folder.
+        cache_dir: where PyHealth keeps prepared data; default its user cache.
+        num_workers: processes for preparing data.
+
+    Raises:
+        FileNotFoundError: if there is no ``records.csv``.
+        ValueError: if rows cannot be used; the first ones are told, each with what is
+            wrong.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = Path(folder, "records.csv").write_text("record,patient,label\n")
+        >>> ECGFolderDataset(folder, cache_dir=folder)
+        Traceback (most recent call last):
+        ...
+        ValueError: ...records.csv has no row.
+    """
+
+    event_type = "ecg"
+
+    def __init__(
+        self,
+        root: str | Path,
+        cache_dir: str | Path | None = None,
+        num_workers: int = 1,
+    ) -> None:
+        folder = Path(root).expanduser().resolve()
+        self.skipped_records = []
+        self._table = _read_table(folder)
+        super().__init__(
+            root=str(folder),
+            tables=[self.event_type],
+            dataset_name="ecg_folder",
+            config_path=str(Path(__file__).parent / "configs" / "ecg_folder.yaml"),
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+        )
+
+    @property
+    def default_task(self) -> ECGFolderClassification:
+        """The label of the table."""
+        return ECGFolderClassification()
+
+    def usual_split(self) -> StratFoldSplit:
+        """Return the last fold to test, the one before to validate, others to train."""
+        *train, val, test = sorted(set(self._table["strat_fold"]))
+        return StratFoldSplit(train, (val,), (test,))
+
+    def preprocess_ecg(self, table: nw.LazyFrame) -> nw.LazyFrame:
+        """Return the checked table, whose folds depend on all of its rows."""
+        return nw.from_native(dd.from_pandas(self._table, npartitions=1))
+
+
+def _read_table(folder: Path) -> pd.DataFrame:
+    path = folder / TABLE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing. It needs the columns record, patient and label, and "
+            "may have fold; see ECGFolderDataset."
+        )
+    table = pd.read_csv(path, dtype="string", skipinitialspace=True)
+    missing = [c for c in ("record", "patient", "label") if c not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}, found "
+            f"{', '.join(table.columns)}."
+        )
+    if table.empty:
+        raise ValueError(f"{path} has no row.")
+    has_fold = "fold" in table.columns
+    _check_rows(path, table, has_fold)
+    result = pd.DataFrame(
+        {
+            "patient_id": table["patient"],
+            "ecg_id": range(1, len(table) + 1),
+            "record_path": f"{folder}/" + table["record"],
+            "given_label": table["label"].astype("Int64"),
+        }
+    )
+    result["strat_fold"] = (
+        table["fold"].astype("Int64") if has_fold else _dealt_folds(path, result)
+    )
+    if result["strat_fold"].nunique() < 3:
+        raise ValueError(
+            f"{path}: fold holds {sorted(set(result['strat_fold']))}; three folds are "
+            "needed, to train, to validate and to test. Or leave the column out."
+        )
+    return result
+
+
+def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
+    """Raise if a row cannot be used, and say of each why."""
+    problems: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    fold_of: dict[str, str] = {}
+    for number, row in enumerate(table.to_dict("records"), start=2):  # 1: the header
+        problem = _problem_of(path.parent, row, has_fold)
+        if not problem and row["record"] in seen:
+            problem = f"record {row['record']!r} is in line {seen[row['record']]} too"
+        if not problem and has_fold:
+            first = fold_of.setdefault(row["patient"], row["fold"])
+            if first != row["fold"]:
+                problem = f"patient {row['patient']!r} is in fold {first} too"
+        if problem:
+            problems[number] = problem
+        elif isinstance(row["record"], str):
+            seen[row["record"]] = number
+    if problems:
+        shown = [f"line {n}: {text}" for n, text in list(problems.items())[:SHOWN]]
+        more = len(problems) - len(shown)
+        tail = f"\n... and {more} more" if more else ""
+        raise ValueError(
+            f"{path}: {len(problems)} of {len(table)} rows cannot be used.\n"
+            + "\n".join(shown)
+            + tail
+        )
+
+
+def _problem_of(folder: Path, row: dict, has_fold: bool) -> str:
+    wanted = ("record", "patient", "label", *(["fold"] if has_fold else []))
+    empty = [name for name in wanted if pd.isna(row[name])]
+    if empty:
+        return f"{', '.join(empty)} is empty"
+    if row["label"] not in ("0", "1"):
+        return f"label {row['label']!r} is neither 0 nor 1"
+    if has_fold and row["fold"] not in [str(fold) for fold in FOLDS]:
+        return f"fold {row['fold']!r} is not 1 to 10"
+    header = (folder / f"{row['record']}.hea").resolve()
+    if not header.is_relative_to(folder):
+        return f"record {row['record']!r} lies outside {folder}"
+    if not header.is_file():
+        return f"{row['record']}.hea is missing"
+    return ""
+
+
+def _dealt_folds(path: Path, table: pd.DataFrame) -> pd.Series:
+    folds = len(FOLDS)
+    by_class = table.groupby("given_label")["patient_id"].nunique()
+    if len(by_class) < 2 or by_class.min() < folds:
+        counts = {int(label): int(count) for label, count in by_class.items()}
+        raise ValueError(
+            f"{path}: ten folds need ten patients of each label, found {counts}. Add a "
+            "column fold with three folds or more."
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    result = pd.Series(0, index=table.index, dtype="Int64")
+    label = table["given_label"].astype(int)
+    parts = splitter.split(table, label, table["patient_id"])
+    for fold, (_, rows) in zip(FOLDS, parts, strict=True):
+        result.iloc[rows] = fold
+    return result
