@@ -296,6 +296,11 @@ def run_several(arguments: argparse.Namespace) -> None:
     from pyhealth.bilevel.study.jobs import StudyPlan
     from pyhealth.bilevel.study.results import summary, write_tables
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"--mode={arguments.mode} starts processes of its own: run it without "
+            "torchrun or accelerate launch."
+        )
     letters = (arguments.configurations or ",".join(CONFIGURATIONS)).split(",")
     configurations = {
         "study": lambda: chosen(letters),

@@ -1,5 +1,6 @@
 """A study: its jobs, the workers that do them, and what is made of the results."""
 
+import importlib.util
 import json
 import math
 import os
@@ -42,6 +43,7 @@ from pyhealth.bilevel.study.training import Mixup, random_signs, train
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
+ROOT = Path(__file__).parents[1]
 BASE = RunSettings(
     base_width=4, epochs=2, warmup_epochs=0, alignment_records=2, device="cpu"
 )
@@ -315,6 +317,26 @@ def test_a_study_without_workers_does_not_wait_for_ever(dataset, tmp_path, monke
         pytest.raises(OSError, match="All workers are gone, 1 runs are left"),
     ):
         run_study(plan_of(["A"]), part, tmp_path, client)
+
+
+def test_the_documented_letters_are_those_there_are():
+    text = (ROOT / "docs" / "study.md").read_text()
+    for letter, configuration in CONFIGURATIONS.items():
+        assert f"| {letter} | {configuration.title} |" in text
+
+
+def test_the_slurm_file_asks_for_one_run_a_job():
+    path = ROOT / "examples" / "slurm_workers.py"
+    spec = importlib.util.spec_from_file_location("slurm_workers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wanted = ["--queue=cpu", "--cores=4", "--directive=--gres=gpu:1"]
+    with module.cluster_of(module.parse_arguments(wanted)) as cluster:
+        script = cluster.job_script()
+    for line in ("-p cpu", "--cpus-per-task=4", "--gres=gpu:1", "-t 08:00:00"):
+        assert f"#SBATCH {line}" in script
+    assert "--nthreads 1" in script
+    assert "--nworkers" not in script or "--nworkers 1" in script
 
 
 # Statistics -------------------------------------------------------------------------
