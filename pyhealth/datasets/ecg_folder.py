@@ -52,12 +52,16 @@ class ECGFolderDataset(ECGDataset):
 
     Examples:
         >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> _ = Path(folder, "records.csv").write_text("record,patient,label\n")
-        >>> ECGFolderDataset(folder, cache_dir=folder)
-        Traceback (most recent call last):
-        ...
-        ValueError: ...records.csv has no row.
+        >>> from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> root = write_synthetic_ptbxl(folder / "own", n_patients=10)
+        >>> headers = sorted(root.rglob("*_lr.hea"))[:10]
+        >>> lines = [f"{header.relative_to(root).with_suffix('')},P{i},{i % 2},{i + 1}"
+        ...          for i, header in enumerate(headers)]
+        >>> table = "\n".join(["record,patient,label,fold", *lines])
+        >>> _ = (root / "records.csv").write_text(table)
+        >>> ECGFolderDataset(root, cache_dir=folder).usual_split().test
+        (10,)
     """
 
     event_type = "ecg"
