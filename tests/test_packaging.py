@@ -126,7 +126,8 @@ def test_folders_of_pyhealth_get_no_init_file(wheel, record):
     inits = {
         name for name in OURS | wheel_files(wheel) if name.endswith("/__init__.py")
     }
-    assert inits == {"pyhealth/bilevel/__init__.py"}
+    own = {"pyhealth/bilevel/__init__.py", "pyhealth/bilevel/study/__init__.py"}
+    assert inits == own
     assert not {name.rpartition("/")[0] for name in inits} & folders
 
 
@@ -211,7 +212,9 @@ def test_an_install_works_and_leaves_pyhealth_whole(
     paths = (Path(path).resolve() for path in found.values())
     places = {path.relative_to(home).as_posix() for path in paths}
     assert places == {path for path in OURS if path.endswith(".py")}
-    assert (home / "pyhealth/datasets/configs/ptbxl.yaml").is_file()
+    for name in ("ptbxl.yaml", "ecg_folder.yaml"):
+        assert (home / "pyhealth/datasets/configs" / name).is_file()
+    assert (home / "pyhealth/bilevel/study/report.html.jinja").is_file()
     run(python, "-c", "import pyhealth.bilevel", cwd=tmp_path)
     # PyHealth's files are as they were, and the new ones are ours and their byte-code.
     now = snapshot(site)

@@ -762,7 +762,7 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     cosines = []
     for pair in range(5):
         torch.manual_seed(pair)
-        model = TaskAugResNet(dataset, LEADS, base_width=4, sampling_rate=RATE)
+        model = TaskAugResNet(dataset, LEADS, base_width=16, sampling_rate=RATE)
         batches = [batch_of(64, seed) for seed in (2 * pair, 2 * pair + 1)]
         for batch in batches:
             flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
@@ -770,7 +770,8 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
             batch.update(ecg=batch["ecg"].float(), label=label.float())
         rounded, exact = bf16_and_float32(model, batches, method, keep_graph)
         cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
-    # Processors round differently: one pair alone may lie lower.
+    # Processors round differently: one pair alone may lie lower, and a network of four
+    # channels lies lower altogether where bf16 is not emulated (one_step: 0.91).
     assert statistics.median(cosines) > 0.95
 
 
