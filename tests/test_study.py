@@ -26,7 +26,13 @@ from pyhealth.bilevel.study.cluster import client_of, run_study
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS, Configuration, chosen
 from pyhealth.bilevel.study.data import prepare
 from pyhealth.bilevel.study.jobs import Job, StudyPlan, settings_of_job
-from pyhealth.bilevel.study.results import comparison, read_runs, summary, write_tables
+from pyhealth.bilevel.study.results import (
+    comparison,
+    document,
+    read_runs,
+    summary,
+    write_tables,
+)
 from pyhealth.bilevel.study.run import run, score
 from pyhealth.bilevel.study.search import RANDAUGMENT, search
 from pyhealth.bilevel.study.settings import RunSettings
@@ -485,6 +491,10 @@ def test_the_summary_and_the_files_show_the_same(stored):
         assert row.verdict in text
     again = pd.read_csv(stored / "comparison.csv")
     assert again["verdict"].tolist() == compared["verdict"].tolist()
+    text = (stored / "results.md").read_text()
+    assert text == f"{document(again)}\n"  # also from the file alone
+    assert text.startswith("### MI, 500 records\n\n|  | configuration | seeds |")
+    assert text.count("\n| ") == 2 + len(compared)
     runs = pd.read_csv(stored / "runs.csv")
     assert all((stored / path / "predictions.csv").exists() for path in runs["folder"])
 

@@ -15,7 +15,7 @@ from ...models.taskaug_policy import TaskAugPolicy
 from .configurations import CONFIGURATIONS
 from .statistics import agreement, bootstrap_by_patient, holm, over_seeds, verdict
 
-__all__ = ["comparison", "read_runs", "summary", "write_tables"]
+__all__ = ["comparison", "document", "read_runs", "summary", "write_tables"]
 
 #: A run's folder in that of a study, see ``Job.name``.
 RUN_FOLDER = re.compile(
@@ -147,8 +147,27 @@ def summary(compared: pd.DataFrame) -> str:
     return "\n\n".join([*blocks, note])
 
 
+def document(compared: pd.DataFrame) -> str:
+    """Return a comparison in Markdown, with the intervals over patients too.
+
+    Args:
+        compared: from :func:`comparison`, or read from a comparison.csv.
+
+    Examples:
+        >>> print(document(comparison(read_runs("output/study"))))  # doctest: +SKIP
+    """
+    blocks = []
+    for (task, size), group in compared.groupby(["task", "n_records"], sort=False):
+        cohort = f"{size} records" if size else "all records"
+        lines = [_document_row(row) for _, row in group.iterrows()]
+        table = [list(lines[0]), ["---"] * len(lines[0]), *(r.values() for r in lines)]
+        rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        blocks.append(f"### {task}, {cohort}\n\n{rows}")
+    return "\n\n".join(blocks)
+
+
 def write_tables(folder: str | Path) -> pd.DataFrame:
-    """Write runs.csv and comparison.csv of a study from its stored runs.
+    """Write runs.csv, comparison.csv and results.md of a study from its stored runs.
 
     Args:
         folder: of the study.
@@ -165,6 +184,7 @@ def write_tables(folder: str | Path) -> pd.DataFrame:
     own = [str(Path(path).relative_to(folder)) for path in runs["folder"]]
     runs.assign(folder=own).to_csv(folder / "runs.csv", index=False)
     compared.to_csv(folder / "comparison.csv", index=False)
+    (folder / "results.md").write_text(f"{document(compared)}\n", encoding="utf-8")
     return compared
 
 
@@ -188,7 +208,7 @@ def _row(own: pd.DataFrame, group: pd.DataFrame) -> dict:
         row[score], row[f"{score}_sd"] = own[score].mean(), own[score].std()
     row |= {"leak_auroc": own["leak_auroc"].mean(), "agreement": _agreement(own)}
     row["seconds"] = own["seconds"].mean()
-    nothing = {"p_value": math.nan, "verdict": "", "difference": math.nan}
+    nothing = {"p_value": math.nan, "verdict": "not compared", "difference": math.nan}
     nothing |= {"seeds_interval": None, "patients_interval": None}
     if own.index.equals(reference.index) and own.equals(reference):
         return row | nothing | {"verdict": "the reference"}
@@ -259,4 +279,17 @@ def _shown(row: Mapping) -> dict[str, str]:
         "leak": number("leak_auroc", ".3f"),
         "tau": number("agreement", ".2f"),
         "seconds": number("seconds", ".0f"),
+    }
+
+
+def _document_row(row: Mapping) -> dict[str, str]:
+    shown = _shown(row)
+    low, high = (row.get(f"patients_{end}", math.nan) for end in ("low", "high"))
+    patients = "-" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+    names = ("", "configuration", "seeds", "AUROC", "difference")
+    rest = ("p", "verdict", "AUPRC", "Brier", "calibration", "leak", "tau", "seconds")
+    return {
+        **{name: shown[name] for name in names},
+        "over patients": patients,
+        **{name: shown[name] for name in rest},
     }
