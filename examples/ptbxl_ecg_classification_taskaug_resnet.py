@@ -21,6 +21,7 @@ from pathlib import Path
 
 TASKS = ("MI", "HYP", "STTC", "CD", "NORM")
 MODES = ("standard", "bilevel", "ablation", "lr_sweep", "study", "report")
+ALONE = ("standard", "bilevel")
 ABLATION = ("A", "B", "C", "D", "E", "F")
 SYNTHETIC_PATIENTS = 400
 #: What a run uses where nothing is said: full size on real data, small on invented.
@@ -294,7 +295,6 @@ def run_several(arguments: argparse.Namespace) -> None:
     from pyhealth.bilevel.study.cluster import client_of, run_study
     from pyhealth.bilevel.study.configurations import CONFIGURATIONS, chosen, lr_sweep
     from pyhealth.bilevel.study.jobs import StudyPlan
-    from pyhealth.bilevel.study.results import summary, write_tables
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -315,12 +315,6 @@ def run_several(arguments: argparse.Namespace) -> None:
         range(arguments.seed, arguments.seed + arguments.num_seeds),
         equal_seconds=arguments.mode == "study",
     )
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        folder / "study.json",
-        json.dumps({"command": shlex.join(["python", *sys.argv])}).encode(),
-    )
     dataset = open_dataset(arguments)
     with client_of(arguments.scheduler, arguments.workers) as (client, threads):
         outcomes = run_study(
@@ -330,7 +324,8 @@ def run_several(arguments: argparse.Namespace) -> None:
             client,
             threads,
         )
-    print(f"\n{summary(write_tables(arguments.output_dir))}")
+    command = {"command": shlex.join(["python", *sys.argv])}
+    write_whole(Path(arguments.output_dir) / "study.json", json.dumps(command).encode())
     report(arguments)
     failed = [str(outcome) for outcome in outcomes if outcome.state != "done"]
     if failed:
@@ -338,9 +333,11 @@ def run_several(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Make the page on what a study has stored."""
+    """Print what a study has stored, and make its tables and page of it."""
     from pyhealth.bilevel.study.report import write_report
+    from pyhealth.bilevel.study.results import summary, write_tables
 
+    print(f"\n{summary(write_tables(arguments.output_dir))}")
     print(f"\nReport: {write_report(arguments.output_dir)}")
 
 
@@ -348,7 +345,7 @@ def run_mode(arguments: argparse.Namespace) -> None:
     """Run the mode and print what happened."""
     if arguments.mode == "report":
         return report(arguments)
-    if arguments.mode in ("standard", "bilevel"):
+    if arguments.mode in ALONE:
         return run_alone(arguments)
     return run_several(arguments)
 
@@ -372,8 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stopped:
         print(
-            f"Stopped; see {arguments.output_dir}. To go on, give the same command "
-            "with --resume.",
+            f"Stopped; see {arguments.output_dir}. To go on, give the same command"
+            f"{' with --resume' if arguments.mode in ALONE else ''}.",
             file=sys.stderr,
         )
         return getattr(stopped, "exit_code", 130)  # of a signal that training noted

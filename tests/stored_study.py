@@ -21,6 +21,7 @@ CONFIG = {
         "leads": ["I", "II"],
     },
     "data": {
+        "root": "/data/ptbxl",
         "records_train": 400,
         "records_val": 100,
         "test_fold": 9,

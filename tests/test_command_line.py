@@ -185,7 +185,7 @@ def test_standard_trains_the_policy_on_the_training_loss(run, tmp_path):
     assert history["hypergradient_norm"].isna().all()
 
 
-def test_ablation_compares_six_configurations(run, tmp_path, capsys):
+def test_ablation_compares_six_configurations(run, script, tmp_path, capsys):
     small = ("--epochs=1", "--warmup_epochs=0", "--workers=2")
     assert run(tmp_path, "--mode=ablation", *small) == 0
     table = pd.read_csv(tmp_path / "comparison.csv")
@@ -211,6 +211,13 @@ def test_ablation_compares_six_configurations(run, tmp_path, capsys):
         for folder in folders.values()
     }
     assert len(digests) == 1
+    # All of it again from what is stored, without the data.
+    made = ("comparison.csv", "runs.csv", "results.md", "report.html")
+    before = {name: (tmp_path / name).read_bytes() for name in made}
+    for name in made:
+        (tmp_path / name).unlink()
+    assert script.main(["--mode=report", f"--output_dir={tmp_path}"]) == 0
+    assert before == {name: (tmp_path / name).read_bytes() for name in made}
 
 
 def test_every_configuration_starts_from_the_same_backbone(parts, monkeypatch):

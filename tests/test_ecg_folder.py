@@ -95,6 +95,12 @@ def test_without_folds_patients_are_dealt_out(folder, tmp_path):
     assert again.records().equals(dataset.records())
 
 
+def test_blanks_make_no_other_patient(copied, tmp_path):
+    edit(copied, lambda t: t.assign(patient=t["patient"] + [" ", ""] * 30))
+    records = ECGFolderDataset(copied, cache_dir=tmp_path / "cache").records()
+    assert records["patient_id"].n_unique() == 30
+
+
 def test_a_cohort_can_be_drawn(folder, tmp_path):
     dataset = ECGFolderDataset(folder, cache_dir=tmp_path / "cache")
     data = prepare(dataset, ECGFolderClassification(**TASK), n_records=30)
@@ -160,6 +166,7 @@ def cell(line, column, value):
         (cell(5, "record", "a/none"), r"line 5: a/none.hea is missing"),
         (cell(5, "record", "../a"), r"line 5: record '../a' lies outside"),
         (cell(5, "record", "a/r00"), r"line 5: record 'a/r00' is in line 2 too"),
+        (cell(5, "record", "./a/r00"), r"line 5: record './a/r00' is in line 2 too"),
         (cell(3, "fold", "11"), r"line 3: fold '11' is not 1 to 10"),
         (cell(3, "fold", "4"), r"line 3: patient 'P0' is in fold 1 too"),
         (lambda t: t.drop(columns="label"), r"no column label, found record, patient"),

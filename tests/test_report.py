@@ -49,7 +49,12 @@ def test_every_picture_says_what_it_shows(page):
 
 
 def test_it_is_made_from_what_is_stored_alone(study, page, monkeypatch):
-    for name in ("pyhealth.bilevel.study.training.train", "wfdb.rdrecord"):
+    for name in (
+        "pyhealth.bilevel.study.run.train",
+        "pyhealth.bilevel.study.run.search",
+        "pyhealth.datasets.ecg_dataset.ECGDataset.set_task",
+        "wfdb.rdrecord",
+    ):
         monkeypatch.setattr(name, lambda *args: pytest.fail("not from the stored"))
     assert write_report(study).read_text() == page
 

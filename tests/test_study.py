@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 from stored_study import stored_study
 
 from pyhealth.bilevel.study import cluster as cluster_module
+from pyhealth.bilevel.study import search as search_module
 from pyhealth.bilevel.study.cluster import client_of, run_study
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS, Configuration, chosen
 from pyhealth.bilevel.study.data import prepare
@@ -209,6 +210,19 @@ def test_a_search_ends_when_its_seconds_are_spent(data, tmp_path):
         RunSettings(policy="searched")
 
 
+def test_a_trial_that_diverges_is_the_worst(data, tmp_path, monkeypatch):
+    def train_or_fail(settings, data, folder):
+        if folder.name == "trial_000":
+            raise ArithmeticError("The training loss is nan.")
+        return train(settings, data, folder)
+
+    monkeypatch.setattr(search_module, "train", train_or_fail)
+    settings = replace(BASE, policy="randaugment", epochs=1)
+    best, _ = search(settings, data, tmp_path)
+    assert best.parent.name != "trial_000"
+    assert len(list(tmp_path.glob("trial_*/history.csv"))) == 8
+
+
 # Workers ----------------------------------------------------------------------------
 
 
@@ -285,7 +299,7 @@ def test_a_job_that_raises_is_reported_and_sinks_nothing_else(
 
 
 def test_a_worker_that_is_killed_loses_no_job(dataset, tmp_path):
-    """The first job kills its own worker, in a real process, once."""
+    """A real process, killed when the first job has ended and the next are running."""
     plan = plan_of(["A", "B", "E"], seeds=(0, 1), base=replace(BASE, epochs=30))
     first = tmp_path / plan.jobs()[0].name / "history.csv"
     with client_of(workers=2) as (client, _):

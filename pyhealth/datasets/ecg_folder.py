@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -106,7 +107,9 @@ def _read_table(folder: Path) -> pd.DataFrame:
             f"{path} is missing. It needs the columns record, patient and label, and "
             "may have fold; see ECGFolderDataset."
         )
-    table = pd.read_csv(path, dtype="string", skipinitialspace=True)
+    table = pd.read_csv(path, dtype="string", keep_default_na=False)
+    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
+    table = table.replace("", pd.NA)
     missing = [c for c in ("record", "patient", "label") if c not in table.columns]
     if missing:
         raise ValueError(
@@ -143,16 +146,17 @@ def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
     fold_of: dict[str, str] = {}
     for number, row in enumerate(table.to_dict("records"), start=2):  # 1: the header
         problem = _problem_of(path.parent, row, has_fold)
-        if not problem and row["record"] in seen:
-            problem = f"record {row['record']!r} is in line {seen[row['record']]} too"
+        record = "" if problem else os.path.normpath(row["record"])
+        if record in seen:
+            problem = f"record {row['record']!r} is in line {seen[record]} too"
         if not problem and has_fold:
             first = fold_of.setdefault(row["patient"], row["fold"])
             if first != row["fold"]:
                 problem = f"patient {row['patient']!r} is in fold {first} too"
         if problem:
             problems[number] = problem
-        elif isinstance(row["record"], str):
-            seen[row["record"]] = number
+        else:
+            seen[record] = number
     if problems:
         shown = [f"line {n}: {text}" for n, text in list(problems.items())[:SHOWN]]
         more = len(problems) - len(shown)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import dask
 import torch
-from dask.distributed import Client, Future, LocalCluster, wait
+from dask.distributed import Client, Future, LocalCluster, get_worker, wait
 from distributed.scheduler import KilledWorker
+from filelock import FileLock
 from tqdm import tqdm
 
 from .data import PreparedData
@@ -68,7 +69,7 @@ def client_of(
             GPU. With a scheduler, ignored.
 
     Yields:
-        The client, and the torch threads of a job.
+        The client, and the torch threads of a job (0: those of the worker's cores).
 
     Raises:
         OSError: if no scheduler answers.
@@ -79,9 +80,9 @@ def client_of(
     """
     if scheduler is not None:
         with Client(scheduler) as client:
-            yield client, 1
+            yield client, 0
         return
-    cores = os.cpu_count() or 1
+    cores = _cores()
     # A computer that slept for minutes must not count its workers as dead.
     dask.config.set({"distributed.scheduler.worker-ttl": None})
     workers = workers or (1 if torch.cuda.is_available() else cores)
@@ -118,7 +119,7 @@ def run_study(
         prepare: returns the data of a task, a cohort size (0: all) and a seed.
         folder: of the study, which the workers must see under the same path.
         client: of the Dask cluster.
-        threads: torch threads of a job.
+        threads: torch threads of a job; 0 for those of the worker's cores.
         say: takes one line a job.
 
     Returns:
@@ -158,7 +159,10 @@ def run_study(
     with tqdm(total=len(jobs), initial=len(outcomes), desc="runs", unit="run") as bar:
         job_of = {future: job for job, future in futures.items()}
         for future in _as_completed(client, list(job_of)):
-            outcome = _result(future, job_of[future], folder)
+            job = job_of.pop(future)
+            outcome = _result(future, job, folder)
+            # Let go of it: what is done is not done again where its worker dies.
+            del futures[job]
             outcomes[outcome.job] = outcome
             say(str(outcome))
             bar.update()
@@ -173,7 +177,9 @@ def _as_completed(client: Client, waiting: list[Future]) -> Iterator[Future]:
             done = wait(waiting, timeout=CHECK_EVERY, return_when="FIRST_COMPLETED")
         except TimeoutError:
             alone = 0 if client.scheduler_info()["workers"] else alone + 1
-            if alone > 1:  # a worker that is started anew has had the time to come
+            # A worker that is started anew has had the time to come; only those of a
+            # batch system may wait in its queue for days.
+            if alone > 1 and client.cluster is not None:
                 raise OSError(
                     f"All workers are gone, {len(waiting)} runs are left. The same "
                     "command goes on with them."
@@ -190,7 +196,10 @@ def _is_done(job: Job, plan: StudyPlan, data: PreparedData, folder: Path) -> boo
     if all((folder / needed.name / "metrics.json").exists() for needed in job.needs):
         settings = settings_of_job(job, plan, folder)
         wanted = configuration_of(settings, data)
-        check_same_run(target / "config.json", wanted, may_differ=("device",))
+        # What follows from D's seconds is another number where D was run again.
+        derived = ("epochs",) if job.budget == "seconds" else ("search_seconds",)
+        allowed = ("device", *(derived if job.needs else ()))
+        check_same_run(target / "config.json", wanted, may_differ=allowed)
     return True
 
 
@@ -198,11 +207,21 @@ def _result(future: Future, job: Job, folder: Path) -> Outcome:
     try:
         return future.result()
     except KilledWorker as error:
+        if missing := _missing(job, folder):  # the one that it needs was killed
+            return Outcome(job, "left out", f"it needs {', '.join(missing)}")
         message = (
             f"{error.allowed_failures + 1} workers died in it (out of memory?); its "
             f"log is {folder / job.name / 'run.log'}"
         )
         return Outcome(job, "failed", message)
+
+
+def _missing(job: Job, folder: Path) -> list[str]:
+    return [
+        needed.name
+        for needed in job.needs
+        if not (folder / needed.name / "metrics.json").exists()
+    ]
 
 
 def _outcome(job: Job, folder: Path) -> Outcome:
@@ -221,13 +240,16 @@ def _run_job(
     needed: list[Outcome],
 ) -> Outcome:
     """Run one job in a worker."""
-    missing = [outcome.job.name for outcome in needed if outcome.state != "done"]
-    if missing:
+    if missing := _missing(job, folder):
         return Outcome(job, "left out", f"it needs {', '.join(missing)}")
     target = folder / job.name
     target.mkdir(parents=True, exist_ok=True)
-    with _ONE_AT_A_TIME, _logged_to(target / "run.log"):
-        torch.set_num_threads(threads)
+    # A client that left and came back may find its earlier self's job still running.
+    lock = FileLock(target / "run.lock")
+    with _ONE_AT_A_TIME, lock, _logged_to(target / "run.log"):
+        if (target / "metrics.json").exists():
+            return _outcome(job, folder)
+        torch.set_num_threads(threads or _threads_of_worker())
         try:
             settings = settings_of_job(job, plan, folder)
             first = job.seed == plan.seeds[0]  # the others' would look much the same
@@ -237,6 +259,16 @@ def _run_job(
             message = f"{type(error).__name__}: {error} ({target / 'run.log'})"
             return Outcome(job, "failed", message)
     return _outcome(job, folder)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # a batch system may give a part of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads_of_worker() -> int:
+    return max(1, _cores() // get_worker().state.nthreads)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,10 @@ def run(
     trainer = train(used, data, folder, resume, checkpoint_every)
     predictions = _predict(trainer, data.test, settings.batch_size)
     if processes.is_main:
-        _write_results(trainer, used, data, predictions, folder, searched)
+        metrics = _write_results(trainer, used, data, predictions, folder, searched)
         if pictures:
             draw(trainer, data, predictions, settings, folder)
+        write_json(folder / "metrics.json", metrics)  # last: it says that all is there
     processes.from_main(None)  # nobody reads a file before it is written
     return predictions
 
@@ -93,7 +94,7 @@ def _write_results(
     predictions: pd.DataFrame,
     folder: Path,
     searched: float,
-) -> None:
+) -> dict:
     trainer.save_ckpt(str(folder / "best.ckpt"))
     history, validation = trainer.history, None
     best = max(range(len(history)), key=lambda epoch: history[epoch]["roc_auc"])
@@ -104,7 +105,7 @@ def _write_results(
     origin = provenance(settings, data, best)
     trainer.policy.save(folder / "policy.json", provenance=origin)
     write_table(folder / "predictions.csv", predictions)
-    metrics = {
+    return {
         "best_epoch": best,
         "epochs": len(history),
         "seconds": searched + sum(row["seconds"] for row in history),
@@ -113,7 +114,6 @@ def _write_results(
         "val": validation,
         "test": score(predictions),
     }
-    write_json(folder / "metrics.json", metrics)
 
 
 def score(predictions: pd.DataFrame) -> dict[str, float | int | None]:

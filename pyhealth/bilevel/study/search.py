@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +23,14 @@ from .training import train
 
 __all__ = ["search"]
 
+logger = logging.getLogger(__name__)
+
 #: RandAugment's grid: operations a record, and the magnitude of them all as a share of
 #: each one's interval.
 RANDAUGMENT = {"stages": [1, 2, 3], "magnitude": [0.2, 0.5, 0.8]}
+#: Random trials before the estimator has something to estimate from: a search for as
+#: long as one bi-level training has some ten trials.
+STARTUP = 3
 #: A searched operation's logit and its magnitude, as a share of the interval.
 LOGITS, SHARES = (-3.0, 3.0), (0.02, 0.98)
 
@@ -70,8 +76,8 @@ def search(
         load_if_exists=True,
     )
     for trial in study.get_trials(states=[TrialState.RUNNING]):  # killed in it
+        study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
         study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
     propose = _any_policy(settings.policy_stages)
     if settings.policy == "randaugment":
         propose = _randaugment
@@ -81,7 +87,7 @@ def search(
     while not _finished(study, settings):
         # Seeded anew, so that a search that was stopped does not draw the same again.
         seed = settings.seed + 10_000 * len(study.trials)
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        study.sampler = optuna.samplers.TPESampler(STARTUP, seed=seed)
         trial = study.ask()
         study.tell(trial, _try(trial, propose, settings, data, folder))
     best = study.best_trial
@@ -105,7 +111,11 @@ def _try(
     path = _policy_file(folder, trial.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     propose(trial, data.task.sampling_rate).save(path)
-    trainer = train(replace(settings, policy=str(path)), data, path.parent)
+    try:
+        trainer = train(replace(settings, policy=str(path)), data, path.parent)
+    except ArithmeticError:  # a training that diverges is the worst there is
+        logger.exception("Trial %d", trial.number)
+        return 0.0
     seconds = sum(row["seconds"] for row in trainer.history)
     trial.set_user_attr("seconds", seconds)
     return max(row["roc_auc"] for row in trainer.history)
