@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 
 import polars as pl
 
@@ -104,13 +105,13 @@ class ECGDataset(BaseDataset):
             )
         return parts[0] if split is None else parts
 
+    @abstractmethod
     def usual_split(self) -> RecordSplit:
         """Return the split into training, validation and test part by fold.
 
         Raises:
             ValueError: if the folds do not allow one.
         """
-        raise NotImplementedError
 
     def records(self, task: BaseTask | None = None) -> pl.DataFrame:
         """Return the table of records, one row each, sorted by ecg_id.

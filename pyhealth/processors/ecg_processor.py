@@ -57,7 +57,7 @@ class ECGProcessor(ECGRecordProcessor):
         sampling_rate: of the tensor, hertz.
         length: samples of the tensor.
         normalize: "lead", "record", "dataset" or "none", see
-            :class:`~pyhealth.tasks.ecg_classification.ECGBinaryClassification`.
+            :class:`~pyhealth.tasks.ecg_task.ECGTask`.
         leads: names of the leads, in the tensor's order.
 
     Attributes:

@@ -28,17 +28,14 @@ class ECGBinaryClassification(ECGTask):
 
     Args:
         task_label: "MI", "HYP", "STTC", "CD" or "NORM".
-        sampling_rate: of the tensor, hertz; the record is resampled to it.
-        length: samples of the tensor; default ten seconds.
-        normalize: "lead" (z-score of each lead), "record" (one mean and deviation a
-            record: keeps the voltage ratios between leads), "dataset" (one mean and
-            deviation fitted on the training part: keeps absolute voltage) or "none"
-            (millivolt).
+        sampling_rate: like length, normalize, leads and on_error an argument of
+            :class:`~pyhealth.tasks.ecg_task.ECGTask`.
+        length: samples of the tensor.
+        normalize: "lead", "record", "dataset" or "none".
         min_likelihood: smallest likelihood of a statement that counts, percent. The
             dataset's own limit holds too; the stricter one decides.
-        leads: names of the leads, in the tensor's order.
-        on_error: "raise" for a record that cannot be used, or "skip" it; the dataset
-            reports and keeps the skipped ids.
+        leads: names of the leads.
+        on_error: "raise" or "skip".
 
     Raises:
         ValueError: if an argument is none of the allowed values.

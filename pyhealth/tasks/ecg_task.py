@@ -145,6 +145,7 @@ class ECGTask(BaseTask):
         }
         ECGProcessor(**settings)  # raises on a wrong setting now, not in set_task
         self.input_schema = {"ecg": (ECGProcessor, settings)}
+        # For the cache key of a dataset that is no ECGDataset.
         self.recipe_version = self.records_task().recipe_version
         super().__init__()
 

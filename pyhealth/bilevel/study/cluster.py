@@ -239,7 +239,7 @@ def _run_job(
     threads: int,
     needed: list[Outcome],
 ) -> Outcome:
-    """Run one job in a worker."""
+    """Run one job in a worker; ``needed`` is there for Dask to do those jobs before."""
     if missing := _missing(job, folder):
         return Outcome(job, "left out", f"it needs {', '.join(missing)}")
     target = folder / job.name
