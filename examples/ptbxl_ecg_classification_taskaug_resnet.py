@@ -140,6 +140,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --data_root FOLDER, --records_root FOLDER or --synthetic")
     if arguments.records_root:
         arguments.task = ["label"]
+    elif arguments.leads:
+        parser.error("--leads is for --records_root; PTB-XL has the standard twelve")
+    if arguments.configurations and arguments.mode != "study":
+        parser.error(f"--mode={arguments.mode} takes no --configurations; leave it out")
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     several = [

@@ -393,6 +393,20 @@ def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
         prepare(dataset, None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--leads=II"], "--leads is for --records_root"),
+        (["--configurations=A", "--mode=ablation"], "takes no --configurations"),
+        (["--task", "MI", "CD"], "takes one --task"),
+    ],
+)
+def test_what_a_mode_would_ignore_is_refused(script, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--synthetic", *arguments])
+    assert words in capsys.readouterr().err
+
+
 def test_the_source_of_data_is_needed(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--mode=bilevel"])
