@@ -89,17 +89,19 @@ def test_every_job_comes_after_those_it_needs():
     assert len({job.name for job in jobs}) == len(jobs)
 
 
-def test_seconds_become_epochs(tmp_path):
-    """A took 2 s for 10 epochs, D 11 s: in D's time A can do 55."""
-    plan = plan_of(["D", "J"], base=replace(BASE, epochs=10))
-    for letter, seconds in (("A", 2.0), ("D", 11.0)):
-        folder = tmp_path / Job("MI", 100, 0, letter).name
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"seconds": seconds}))
-    longer = settings_of_job(Job("MI", 100, 0, "A", "seconds"), plan, tmp_path)
-    assert (longer.epochs, longer.policy, longer.seed) == (55, "none", 0)
+def test_seconds_are_those_of_the_learned_policy(data, tmp_path):
+    plan = plan_of(["A", "D", "J"])
+    folder = tmp_path / Job("MI", 100, 0, "D").name
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"seconds": 1.5}))
     searched = settings_of_job(Job("MI", 100, 0, "J"), plan, tmp_path)
-    assert searched.search_seconds == 11.0
+    assert (searched.search_seconds, searched.max_seconds) == (1.5, None)
+    longer = settings_of_job(Job("MI", 100, 0, "A", "seconds"), plan, tmp_path)
+    assert (longer.max_seconds, longer.policy) == (1.5, "none")
+    history = train(longer, data, tmp_path / "longer").history
+    seconds = [row["seconds"] for row in history]
+    assert sum(seconds[:-1]) < 1.5 <= sum(seconds)
+    assert len(history) > BASE.epochs
 
 
 def test_an_unknown_configuration_lists_the_known_ones():

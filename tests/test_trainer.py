@@ -470,6 +470,28 @@ def test_patience_stops_early(train_set, val_set, patience, epochs):
     assert bytes_of(trainer.model, trainer.policy) == trainer.states[best]
 
 
+def test_seconds_end_a_training_and_more_go_on(loaders, train_set, tmp_path):
+    def two_seconds_an_epoch(trainer):
+        trainer.history[-1]["seconds"] = 2.0
+
+    def trained(seconds, **kwargs):
+        trainer = trainer_of(tiny(train_set), seed=0)
+        trainer.exp_path = str(tmp_path)
+        trainer.train(
+            *loaders,
+            epochs=9,
+            max_seconds=seconds,
+            on_epoch=two_seconds_an_epoch,
+            **kwargs,
+        )
+        return len(trainer.history)
+
+    assert trained(4.1) == 3
+    assert trained(4.1, resume=True) == 3
+    assert trained(8.0, resume=True) == 4
+    assert trained(1e9, resume=True) == 9
+
+
 def test_test_data_are_read_once_after_the_last_epoch(train_set, loaders, test_set):
     events = []
     test_loader = Watched(get_dataloader(test_set, 12), lambda: events.append("test"))

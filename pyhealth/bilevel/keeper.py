@@ -25,6 +25,7 @@ logger = logging.getLogger("pyhealth.trainer.bilevel")
 #: Arguments of ``train`` that may differ in the run that goes on.
 FREE_ARGUMENTS = (
     "epochs",
+    "max_seconds",
     "load_best_model_at_last",
     "resume",
     "checkpoint_every",

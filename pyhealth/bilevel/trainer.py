@@ -178,6 +178,7 @@ class BiLevelTrainer(Trainer):
         monitor_criterion: Literal["max", "min"] = "max",
         load_best_model_at_last: bool = True,
         patience: int | None = None,
+        max_seconds: float | None = None,
         on_epoch: Callable[[Self], None] | None = None,
         on_hypergradient: Callable[[dict[str, Tensor]], dict[str, Tensor]]
         | None = None,
@@ -225,6 +226,9 @@ class BiLevelTrainer(Trainer):
             monitor_criterion: whether the "max" or "min" of it is best.
             load_best_model_at_last: end with the best epoch's weights and policy.
             patience: epochs without a new best before the training stops.
+            max_seconds: training ends, even before ``epochs``, after the epoch in which
+                its steps have taken so long (evaluations are not counted): to compare
+                methods at equal time. A run that goes on may have another number.
             on_epoch: called with the trainer after each epoch, to save its history.
             on_hypergradient: called with every hypergradient by the names of the
                 policy's parameters; what it returns is used in its place. For controls.
@@ -352,7 +356,7 @@ class BiLevelTrainer(Trainer):
         with _augmented_by_trainer(self.model), keeper:
             keeper.write(run)
             policy_batches = run.positions["policy"].endless()
-            while run.epoch < epochs and not run.best.exhausted:
+            while run.epoch < epochs and not self._ends_early(run, max_seconds):
                 self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
                 with self._statistics(train_dataloader, reestimate_statistics):
                     self._evaluate_epoch(val_dataloader, run.best)
@@ -486,6 +490,13 @@ class BiLevelTrainer(Trainer):
             }
         )
         run.seconds = 0.0
+
+    def _ends_early(self, run: RunState, max_seconds: float | None) -> bool:
+        if max_seconds is None:
+            return run.best.exhausted
+        # The main process's clock decides for all.
+        spent = self.processes.from_main(sum(row["seconds"] for row in self.history))
+        return run.best.exhausted or spent >= max_seconds
 
     def _stop_if_hopeless(self, run: RunState, limit: int) -> None:
         if not run.log.reached(limit):

@@ -197,8 +197,8 @@ def _is_done(job: Job, plan: StudyPlan, data: PreparedData, folder: Path) -> boo
         settings = settings_of_job(job, plan, folder)
         wanted = configuration_of(settings, data)
         # What follows from D's seconds is another number where D was run again.
-        derived = ("epochs",) if job.budget == "seconds" else ("search_seconds",)
-        allowed = ("device", *(derived if job.needs else ()))
+        derived = ("max_seconds", "search_seconds") if job.needs else ()
+        allowed = ("device", *derived)
         check_same_run(target / "config.json", wanted, may_differ=allowed)
     return True
 

@@ -14,6 +14,8 @@ from .settings import RunSettings
 __all__ = ["Budget", "Job", "StudyPlan", "settings_of_job"]
 
 type Budget = Literal["steps", "seconds"]
+#: Epochs of a run that only its seconds end.
+ENDLESS = 1_000_000
 
 
 @dataclass(frozen=True, order=True)
@@ -48,10 +50,9 @@ class Job:
     @property
     def needs(self) -> tuple[Job, ...]:
         """The jobs whose seconds this one has to know."""
-        same = replace(self, configuration="D", budget="steps")
-        if self.budget == "seconds":
-            return (same, replace(self, budget="steps"))
-        return (same,) if self.configuration == "J" else ()
+        if self.budget == "seconds" or self.configuration == "J":
+            return (replace(self, configuration="D", budget="steps"),)
+        return ()
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,10 @@ def settings_of_job(job: Job, plan: StudyPlan, folder: Path) -> RunSettings:
         7
     """
     base = replace(plan.base, seed=job.seed)
-    taken = {needed: _metrics(folder / needed.name) for needed in job.needs}
-    seconds_of_d = next((m["seconds"] for m in taken.values()), None)
-    if job.configuration == "J":
-        base = replace(base, search_seconds=seconds_of_d)
-    settings = plan.configurations[job.configuration].settings(base)
-    if job.budget == "seconds":
-        own = taken[replace(job, budget="steps")]
-        epochs = settings.epochs * seconds_of_d / own["seconds"]
-        settings = replace(settings, epochs=max(1, round(epochs)))
-    return settings
-
-
-def _metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
+    for needed in job.needs:
+        metrics = json.loads((folder / needed.name / "metrics.json").read_text())
+        if job.budget == "seconds":
+            base = replace(base, epochs=ENDLESS, max_seconds=metrics["seconds"])
+        else:
+            base = replace(base, search_seconds=metrics["seconds"])
+    return plan.configurations[job.configuration].settings(base)

@@ -87,7 +87,7 @@ def search(
     while not _finished(study, settings):
         # Seeded anew, so that a search that was stopped does not draw the same again.
         seed = settings.seed + 10_000 * len(study.trials)
-        study.sampler = optuna.samplers.TPESampler(STARTUP, seed=seed)
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
         trial = study.ask()
         study.tell(trial, _try(trial, propose, settings, data, folder))
     best = study.best_trial

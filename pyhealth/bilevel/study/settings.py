@@ -39,6 +39,8 @@ class RunSettings:
         shared_magnitudes: one magnitude for both classes; likewise.
         base_width: width of the ResNet.
         epochs: passes over the training data.
+        max_seconds: end after the epoch in which the training steps have taken so long,
+            however many epochs are left.
         batch_size: records a step.
         lr: learning rate of the weights.
         outer_lr: learning rate of the policy.
@@ -72,6 +74,7 @@ class RunSettings:
     shared_magnitudes: bool = False
     base_width: int = 64
     epochs: int = 10
+    max_seconds: float | None = None
     batch_size: int = 64
     lr: float = 1e-3
     outer_lr: float = 3e-2

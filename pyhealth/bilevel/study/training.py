@@ -80,6 +80,7 @@ def train(
         _training_loader(samples, settings),
         get_dataloader(data.val, settings.batch_size, seed=settings.seed),
         epochs=epochs,
+        max_seconds=settings.max_seconds,
         inner_lr=settings.lr,
         outer_lr=settings.outer_lr,
         warmup_epochs=settings.warmup_epochs,
