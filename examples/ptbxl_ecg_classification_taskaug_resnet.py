@@ -96,12 +96,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="draw a cohort of this size; all records; a study takes several sizes",
     )
+    add(
+        "--protocol",
+        choices=("patient", "paper"),
+        default="patient",
+        help="how a cohort is drawn; 'paper' draws records, as the authors did",
+    )
     add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
     add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
     add(
         "--configurations",
         metavar="LETTERS",
         help="what a study compares, such as A,A+,D,E; all of them",
+    )
+    add(
+        "--equal_steps_only",
+        action="store_true",
+        help="leave out a study's runs without augmentation for D's seconds",
     )
     add("--workers", type=int, help="processes of a study; one a core")
     add("--scheduler", help="address of a running Dask scheduler for a study")
@@ -144,6 +155,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--leads is for --records_root; PTB-XL has the standard twelve")
     if arguments.configurations and arguments.mode != "study":
         parser.error(f"--mode={arguments.mode} takes no --configurations; leave it out")
+    if arguments.equal_steps_only and arguments.mode != "study":
+        parser.error("--equal_steps_only is for --mode=study; leave it out")
+    if arguments.protocol == "paper" and not arguments.n_records:
+        parser.error("--protocol=paper draws a cohort; give --n_records")
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     several = [
@@ -216,7 +231,7 @@ def prepare_data(arguments: argparse.Namespace, dataset, task: str, size: int, s
         made = ECGFolderClassification(**signals)
     else:
         made = ECGBinaryClassification(task, **signals)
-    return prepare(dataset, made, size or None, seed)
+    return prepare(dataset, made, size or None, seed, arguments.protocol)
 
 
 def settings_of(arguments: argparse.Namespace):
@@ -317,7 +332,7 @@ def run_several(arguments: argparse.Namespace) -> None:
         arguments.task,
         arguments.n_records or [0],
         range(arguments.seed, arguments.seed + arguments.num_seeds),
-        equal_seconds=arguments.mode == "study",
+        equal_seconds=arguments.mode == "study" and not arguments.equal_steps_only,
     )
     dataset = open_dataset(arguments)
     with client_of(arguments.scheduler, arguments.workers) as (client, threads):

@@ -267,6 +267,16 @@ def test_a_cohort_is_drawn_by_n_records(run, tmp_path):
     assert not patients["test"] & (patients["train"] | patients["val"])
 
 
+def test_the_papers_protocol_draws_records(script, dataset):
+    arguments = script.parse_arguments(
+        ["--synthetic", "--n_records=150", "--protocol=paper", "--length=200"]
+    )
+    data = script.prepare_data(arguments, dataset, "MI", 150, seed=0)
+    assert (len(data.train), len(data.val)) == (120, 30)
+    assert set(data.train.patient_ids) & set(data.val.patient_ids)
+    assert not set(data.test.patient_ids) & set(data.train.patient_ids)
+
+
 def test_synthetic_runs_the_same_path(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SYNTHETIC_PATIENTS", 120)
     fixed = ["--synthetic", f"--output_dir={tmp_path / 'a'}", "--epochs=2"]
@@ -398,6 +408,8 @@ def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
     [
         (["--leads=II"], "--leads is for --records_root"),
         (["--configurations=A", "--mode=ablation"], "takes no --configurations"),
+        (["--equal_steps_only", "--mode=ablation"], "is for --mode=study"),
+        (["--protocol=paper"], "give --n_records"),
         (["--task", "MI", "CD"], "takes one --task"),
     ],
 )

@@ -297,6 +297,7 @@ def test_the_cache_key_changes_with_all_that_makes_a_cohort():
         CohortSplit(100, seed=1).bind(TABLE).to_dict(),
         CohortSplit(100, val_fraction=0.3).bind(TABLE).to_dict(),
         CohortSplit(100, test=[9]).bind(TABLE).to_dict(),
+        CohortSplit(100, protocol="paper").bind(TABLE).to_dict(),
         CohortSplit(100).bind(corpus_table(seed=1)).to_dict(),
         CohortSplit(100).bind(other).to_dict(),
     ]
@@ -333,6 +334,7 @@ def test_an_empty_test_fold_is_named():
         ({"n_records": 9, "val_fraction": 1.0}, r"between 0 and 1, got 1\.0"),
         ({"n_records": 9, "val_fraction": -0.2}, r"between 0 and 1, got -0\.2"),
         ({"n_records": 9, "val_fraction": float("nan")}, "between 0 and 1, got nan"),
+        ({"n_records": 9, "protocol": "random"}, "patient', 'paper'.*got 'random'"),
         ({"n_records": 9, "test": [11]}, r"folds from 1 to 10, got \(11,\)"),
         ({"n_records": 9, "test": [0, 10]}, r"folds from 1 to 10, got \(0, 10\)"),
     ],
@@ -348,6 +350,69 @@ def test_wrong_arguments_of_a_cohort_are_named(arguments, message):
 def test_a_cohort_with_nobody_to_validate_on_is_refused(arguments):
     with pytest.raises(ValueError):
         CohortSplit(**arguments).bind(TABLE)
+
+
+# The authors' protocol ---------------------------------------------------------------
+
+
+def paper(n_records, seed=0, **arguments):
+    return split(CohortSplit(n_records, seed, protocol="paper", **arguments))
+
+
+@pytest.mark.parametrize("n_records", [25, 173, 700])
+def test_the_papers_cohort_is_drawn_by_record(n_records):
+    train, val, test = paper(n_records)
+    assert len(val) == n_records // 5
+    assert len(train) == n_records - len(val)
+    assert not set(train) & set(val)
+    assert test == TEST_RECORDS.to_list()
+    assert not patients_of(test) & patients_of(train + val)
+
+
+def test_in_the_papers_cohort_every_record_has_the_same_chance():
+    """The one, two, three or four records of a patient are drawn alike."""
+    size = len(TABLE) - len(TEST_RECORDS)
+    cohorts = [paper(90, seed)[:2] for seed in range(400)]
+    drawn = Counter(chain.from_iterable(chain(*parts) for parts in cohorts))
+    pool = set(range(len(TABLE))) - set(TEST_RECORDS)
+    assert set(drawn) == pool
+    # 400 draws of probability 90 / size each; five standard errors of their mean.
+    rank = TABLE.select(pl.int_range(pl.len()).over("patient_id")).to_series()
+    for place in range(4):
+        group = [index for index in pool if rank[index] == place]
+        mean = np.mean([drawn[index] for index in group]) / 400
+        error = np.sqrt(90 / size / 400 / len(group))
+        assert abs(mean - 90 / size) < 5 * error
+
+
+def test_the_papers_protocol_puts_patients_on_both_sides():
+    train, val, _ = paper(700)
+    assert patients_of(train) & patients_of(val)
+
+
+def test_the_papers_cohorts_are_nested():
+    parts = [paper(size) for size in (60, 150, 700)]
+    for (train, val, _), (more_train, more_val, _) in pairwise(parts):
+        assert set(train) < set(more_train)
+        assert set(val) < set(more_val)
+
+
+# Records without a sample ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [CohortSplit(300), CohortSplit(300, protocol="paper"), StratFoldSplit()],
+)
+def test_skipped_records_leave_the_others_where_they_were(rule):
+    table = TABLE.with_row_index("ecg_id")
+    whole = [table["ecg_id"].gather(part) for part in split(rule, table)]
+    skipped = list(range(0, len(table), 3))
+    left = table.filter(~pl.col("ecg_id").is_in(skipped))
+    parts = rule.bind(table, skipped).split_indices(samples_of(left))
+    for part, before in zip(parts, whole, strict=True):
+        expected = sorted(set(before) - set(skipped))
+        assert left["ecg_id"].gather(part).to_list() == expected
 
 
 # On samples -------------------------------------------------------------------------

@@ -87,6 +87,8 @@ class ECGDataset(BaseDataset):
             for ecg_id in table["ecg_id"]
             if str(ecg_id) not in records.record_to_index
         ]
+        if isinstance(split, RecordSplit):
+            split = split.bind(table, self.skipped_records)
         parts = ECGSamples.of_task(
             records,
             task,
@@ -136,8 +138,7 @@ class ECGDataset(BaseDataset):
         self, parts: tuple[SampleDataset, ...], split: RecordSplit
     ) -> None:
         """Raise if skipping has emptied a part that the split fills."""
-        filled = {part for part, _ in split.parts().values()}
-        for part in filled:
+        for part in split.filled():
             if not len(parts[part]):
                 raise ValueError(
                     f"No readable record is left in part {part} of the split (0 train, "

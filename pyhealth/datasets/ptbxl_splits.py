@@ -6,7 +6,8 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from itertools import compress
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,11 @@ from .splitter import Split
 __all__ = ["CohortSplit", "RecordSplit", "StratFoldSplit"]
 
 FOLDS = range(1, 11)
+PROTOCOLS = ("patient", "paper")
+
+#: Part (0, 1, ...) of all samples of a patient, or of each of its records in the order
+#: of the table, None for those of no part.
+type Parts = int | tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,18 @@ class RecordSplit(Split):
         [[0, 1], [2], []]
     """
 
-    #: Part (0, 1, ...) of each patient and how many of its records count (None: all).
-    _part_of: Mapping[str, tuple[int, int | None]] | None = field(
+    _part_of: Mapping[str, Parts] | None = field(
         default=None, repr=False, compare=False, kw_only=True
     )
 
-    def bind(self, records: pl.DataFrame) -> Self:
+    def bind(self, records: pl.DataFrame, skipped: Iterable[int] = ()) -> Self:
         """Return the same split with every patient's part decided.
 
         Args:
             records: columns patient_id and strat_fold, one row a record; a cohort also
                 needs label (0 or 1).
+            skipped: ecg_id, a column then, of records of which there is no sample. The
+                others keep the part that they would have beside them.
 
         Raises:
             ValueError: if a patient's records lie in two folds, or a part is empty.
@@ -59,10 +66,18 @@ class RecordSplit(Split):
                 f"Records of patient {several[0]} lie in two folds, so a split by fold "
                 "would put one person on both sides. Mend strat_fold in the table."
             )
-        return replace(self, _part_of=self._assign(records))
+        parts = self._assign(records)
+        skipped = set(skipped)
+        if skipped:
+            is_there = ~records["ecg_id"].is_in(list(skipped))
+            for patient, there in _by_patient(records, is_there).items():
+                of_patient = parts.get(patient)
+                if isinstance(of_patient, tuple):
+                    parts[patient] = tuple(compress(of_patient, there))
+        return replace(self, _part_of=parts)
 
     @abstractmethod
-    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]: ...
+    def _assign(self, records: pl.DataFrame) -> dict[str, Parts]: ...
 
     def split_indices(
         self, patient_to_index: Mapping[str, Sequence[int]]
@@ -77,13 +92,17 @@ class RecordSplit(Split):
         """
         parts: list[list[int]] = [[], [], []]
         for patient, indices in patient_to_index.items():
-            part, used = self.parts().get(patient, (None, None))
-            if part is not None:
-                parts[part].extend(indices[:used])
+            of_patient = self.parts().get(patient, ())
+            if isinstance(of_patient, int):
+                parts[of_patient].extend(indices)
+                continue
+            for index, part in zip(sorted(indices), of_patient, strict=False):
+                if part is not None:
+                    parts[part].append(index)
         return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
-    def parts(self) -> Mapping[str, tuple[int, int | None]]:
-        """Return each patient's part and how many of its records are used (None: all).
+    def parts(self) -> Mapping[str, Parts]:
+        """Return each patient's part, or those of its records in the table's order.
 
         Raises:
             ValueError: before :meth:`bind`.
@@ -94,6 +113,15 @@ class RecordSplit(Split):
                 "PTBXLDataset.set_task(task, split=...), or call bind(records) first."
             )
         return self._part_of
+
+    def filled(self) -> set[int]:
+        """Return the parts that have a record.
+
+        Raises:
+            ValueError: before :meth:`bind`.
+        """
+        tuples = (p if isinstance(p, tuple) else (p,) for p in self.parts().values())
+        return {part for parts in tuples for part in parts if part is not None}
 
     def _digest(self) -> str:
         text = repr(sorted(self.parts().items()))
@@ -138,7 +166,7 @@ class StratFoldSplit(RecordSplit):
                 f"train={self.train}, val={self.val}, test={self.test}."
             )
 
-    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]:
+    def _assign(self, records: pl.DataFrame) -> dict[str, Parts]:
         part_of_fold = {
             fold: part
             for part, folds in enumerate((self.train, self.val, self.test))
@@ -156,7 +184,7 @@ class StratFoldSplit(RecordSplit):
                     "with CohortSplit."
                 )
         return {
-            patient: (part_of_fold[fold], None)
+            patient: part_of_fold[fold]
             for patient, fold in records.select("patient_id", "strat_fold").iter_rows()
             if fold in part_of_fold
         }
@@ -187,13 +215,18 @@ class CohortSplit(RecordSplit):
         seed: seed of the draw.
         test: folds of the test part; the cohort is drawn from all others.
         val_fraction: share of the patients that validate.
+        protocol: "patient", or "paper" for the authors' own way, for parity with them:
+            records are drawn at random, whoever they are of, so the prevalence varies
+            and a patient's records may lie in the training and the validation part.
+            Validation scores are then too good; the test folds are apart either way.
 
     Raises:
         ValueError: if an argument is outside its range, or there are fewer records.
 
     Source:
         Raghu et al., CHIL 2022, draw N = 1000, 2500, 5000 records at random from folds
-        1 to 9 and use 20 % of them to validate. Departure: by patient, label kept.
+        1 to 9 and use 20 % of them to validate. Departure by default: by patient, label
+        kept.
 
     Examples:
         >>> CohortSplit(n_records=1000, seed=3).test
@@ -204,6 +237,7 @@ class CohortSplit(RecordSplit):
     seed: int = 0
     test: Iterable[int] = (10,)
     val_fraction: float = 0.2
+    protocol: Literal["patient", "paper"] = "patient"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test", tuple(int(fold) for fold in self.test))
@@ -213,10 +247,14 @@ class CohortSplit(RecordSplit):
             raise ValueError(
                 f"val_fraction must lie between 0 and 1, got {self.val_fraction}."
             )
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol must be one of {list(PROTOCOLS)}, got {self.protocol!r}."
+            )
         if not set(self.test) <= set(FOLDS):
             raise ValueError(f"test must name folds from 1 to 10, got {self.test}.")
 
-    def _assign(self, records: pl.DataFrame) -> dict[str, tuple[int, int | None]]:
+    def _assign(self, records: pl.DataFrame) -> dict[str, Parts]:
         if "label" not in records.columns:
             raise ValueError(
                 "A cohort keeps the prevalence of the task's label, and this task has "
@@ -234,21 +272,35 @@ class CohortSplit(RecordSplit):
                 f"No record lies in the test folds {list(self.test)}; this corpus has "
                 f"folds {sorted(pool['strat_fold'].unique())}."
             )
-        assigned: dict[str, tuple[int, int | None]] = {
-            patient: (2, None) for patient in held_out["patient_id"]
-        }
-        left = self.n_records
-        for patient, count, part in self._ranked(pool):
-            if not left:
-                break
-            assigned[patient] = (part, min(count, left))
-            left -= min(count, left)
-        if not {0, 1} <= {part for part, _ in assigned.values()}:
+        draw = self._patients if self.protocol == "patient" else self._records
+        drawn = draw(pool)
+        if not {0, 1} <= {part for parts in drawn.values() for part in parts}:
             raise ValueError(
                 f"A cohort of {self.n_records} records leaves nobody to train or to "
                 "validate on. Take a larger n_records or another val_fraction."
             )
-        return assigned
+        return drawn | dict.fromkeys(held_out["patient_id"], 2)
+
+    def _patients(self, pool: pl.DataFrame) -> dict[str, tuple[int, ...]]:
+        drawn, left = {}, self.n_records
+        for patient, count, part in self._ranked(pool):
+            if not left:
+                break
+            drawn[patient] = (part,) * min(count, left)
+            left -= min(count, left)
+        return drawn
+
+    def _records(self, pool: pl.DataFrame) -> dict[str, tuple[int | None, ...]]:
+        parts = np.full(len(pool), None)
+        order = np.random.default_rng(self.seed).permutation(len(pool))
+        for rank, row in enumerate(order[: self.n_records]):
+            parts[row] = self._validates(rank)
+        return _by_patient(pool, parts)
+
+    def _validates(self, rank: int) -> int:
+        """Return 1 where a rank validates: of every start the right share, to one."""
+        share = self.val_fraction
+        return int((rank + 1) * share + 1e-9) - int(rank * share + 1e-9)
 
     def _ranked(self, pool: pl.DataFrame) -> list[tuple[str, int, int]]:
         """Return (patient, records, part) in an order whose every start is balanced."""
@@ -262,15 +314,12 @@ class CohortSplit(RecordSplit):
         for label in (0, 1):
             stratum = patients.filter(pl.col("label") == label)
             for rank, row in enumerate(rng.permutation(len(stratum))):
-                # The validation share of every start of the stratum is right to one.
-                share = self.val_fraction
-                validates = int((rank + 1) * share + 1e-9) > int(rank * share + 1e-9)
                 ranked.append(
                     (
                         (rank + 0.5) / len(stratum),
                         stratum["patient_id"][int(row)],
                         stratum["count"][int(row)],
-                        int(validates),
+                        self._validates(rank),
                     )
                 )
         return [row[1:] for row in sorted(ranked)]
@@ -283,5 +332,14 @@ class CohortSplit(RecordSplit):
             "seed": self.seed,
             "test": list(self.test),
             "val_fraction": self.val_fraction,
+            "protocol": self.protocol,
             "digest": self._digest(),
         }
+
+
+def _by_patient(records: pl.DataFrame, values: Iterable) -> dict[str, tuple]:
+    """Return each patient's values of one for each record, in the table's order."""
+    found: dict[str, list] = {}
+    for patient, value in zip(records["patient_id"], values, strict=True):
+        found.setdefault(patient, []).append(value)
+    return {patient: tuple(of_patient) for patient, of_patient in found.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from ...datasets.ecg_dataset import ECGDataset
 from ...datasets.ecg_samples import ECGSamples
@@ -44,6 +45,7 @@ def prepare(
     task: ECGTask,
     n_records: int | None = None,
     seed: int = 0,
+    protocol: Literal["patient", "paper"] = "patient",
 ) -> PreparedData:
     """Split the corpus and prepare its samples.
 
@@ -54,6 +56,8 @@ def prepare(
             by fold. With a number, they are drawn by patient from all but the last
             fold, which tests.
         seed: of that draw.
+        protocol: of that draw, see
+            :class:`~pyhealth.datasets.ptbxl.CohortSplit`.
 
     Returns:
         The prepared data.
@@ -68,7 +72,7 @@ def prepare(
     split = (
         dataset.usual_split()
         if n_records is None
-        else CohortSplit(n_records, seed=seed, test=(test_fold,))
+        else CohortSplit(n_records, seed, test=(test_fold,), protocol=protocol)
     )
     train, val, test = dataset.set_task(task, split=split)
     description = {
