@@ -17,27 +17,33 @@ import argparse
 import sys
 import threading
 
+import dask
 from dask_jobqueue import SLURMCluster
+
+#: Ends of a job that a run survives. At the walltime SLURM kills a worker, which is no
+#: fault of the run that is in it: the next worker goes on from its last epoch.
+ENDS_OF_A_JOB = 20
 
 
 def cluster_of(arguments: argparse.Namespace) -> SLURMCluster:
     """Return a cluster each of whose SLURM jobs is one worker that runs one run."""
-    return SLURMCluster(
-        queue=arguments.queue,
-        account=arguments.account,
-        cores=1,  # one run at a time: two in one process would share torch's generators
-        processes=1,
-        job_cpu=arguments.cores,
-        memory=arguments.memory,
-        walltime=arguments.walltime,
-        job_extra_directives=arguments.directive,
-        python=sys.executable,
-        log_directory="slurm_logs",
-        job_script_prologue=[
-            "export OMP_WAIT_POLICY=PASSIVE",
-            "export LITDATA_DISABLE_VERSION_CHECK=1",
-        ],
-    )
+    with dask.config.set({"distributed.scheduler.allowed-failures": ENDS_OF_A_JOB}):
+        return SLURMCluster(
+            queue=arguments.queue,
+            account=arguments.account,
+            cores=1,  # one run at a time: two would share torch's generators
+            processes=1,
+            job_cpu=arguments.cores,
+            memory=arguments.memory,
+            walltime=arguments.walltime,
+            job_extra_directives=arguments.directive,
+            python=sys.executable,
+            log_directory="slurm_logs",
+            job_script_prologue=[
+                "export OMP_WAIT_POLICY=PASSIVE",
+                "export LITDATA_DISABLE_VERSION_CHECK=1",
+            ],
+        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -197,6 +199,43 @@ def test_randaugment_tries_its_grid_and_keeps_the_best(data, tmp_path):
     assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
+class Killed(BaseException):
+    """Leaves as a kill does: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "searched"])
+def test_a_killed_search_does_the_trial_under_way_again(
+    data, tmp_path, monkeypatch, policy
+):
+    def train_until_killed(settings, data, folder):
+        if folder.name == "trial_001":
+            raise Killed
+        return train(settings, data, folder)
+
+    settings = replace(BASE, policy=policy, epochs=1, search_seconds=1e9)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(search_module, "train", train_until_killed)
+        search(settings, data, tmp_path)
+    (history,) = tmp_path.glob("trial_*/history.csv")
+    spent = pd.read_csv(history)["seconds"].sum()
+
+    # In so many seconds a search of Optuna's has one more trial.
+    best, seconds = search(
+        replace(settings, search_seconds=spent * 1.01), data, tmp_path
+    )
+    assert seconds > spent
+    grid = math.prod(map(len, RANDAUGMENT.values()))
+    last = grid if policy == "randaugment" else 2
+    proposed = [
+        (tmp_path / f"trial_{number:03d}/policy.json").read_text()
+        for number in (1, last)
+    ]
+    assert proposed[0] == proposed[1]
+    trained = {path.parent.name for path in tmp_path.glob("trial_*/history.csv")}
+    assert trained == {f"trial_{n:03d}" for n in range(last + 1)} - {"trial_001"}
+    assert best.parent.name in trained
+
+
 def test_a_search_ends_when_its_seconds_are_spent(data, tmp_path):
     settings = replace(BASE, policy="searched", epochs=1, search_seconds=1e-6)
     best, seconds = search(settings, data, tmp_path)
@@ -300,6 +339,34 @@ def test_a_job_that_raises_is_reported_and_sinks_nothing_else(
     assert [outcome.state for outcome in again] == ["done"] * 3
 
 
+def test_a_killed_run_loses_at_most_an_epoch(dataset, tmp_path):
+    plan = plan_of(["A"], base=replace(BASE, epochs=60))
+    target = tmp_path / plan.jobs()[0].name
+
+    def kill_in_the_middle(pid):
+        while not (target / "history.csv").exists() or epochs_in(target) < 20:
+            pass
+        os.kill(pid, signal.SIGKILL)
+
+    with client_of(workers=1) as (client, _):
+        (pid,) = client.run(os.getpid).values()
+        killer = threading.Thread(target=kill_in_the_middle, args=[pid])
+        killer.start()
+        (outcome,) = run_study(plan, partial(prepared, dataset), tmp_path, client)
+        killer.join()
+    assert outcome.state == "done"
+    assert epochs_in(target) == 60
+    log = (target / "run.log").read_text()
+    assert log.count("Going on from") == 1
+    trained = [int(n) for n in re.findall(r" epoch (\d+): train_loss", log)]
+    assert sorted(set(trained)) == list(range(60))
+    assert len(trained) <= 61
+
+
+def epochs_in(folder):
+    return len(pd.read_csv(folder / "history.csv"))
+
+
 def test_a_worker_that_is_killed_loses_no_job(dataset, tmp_path):
     """A real process, killed when the first job has ended and the next are running."""
     plan = plan_of(["A", "B", "E"], seeds=(0, 1), base=replace(BASE, epochs=30))
@@ -355,10 +422,12 @@ def test_the_slurm_file_asks_for_one_run_a_job():
     wanted = ["--queue=cpu", "--cores=4", "--directive=--gres=gpu:1"]
     with module.cluster_of(module.parse_arguments(wanted)) as cluster:
         script = cluster.job_script()
+        survived = cluster.scheduler.allowed_failures
     for line in ("-p cpu", "--cpus-per-task=4", "--gres=gpu:1", "-t 08:00:00"):
         assert f"#SBATCH {line}" in script
     assert "--nthreads 1" in script
     assert "--nworkers" not in script or "--nworkers 1" in script
+    assert survived == 20  # a run goes on in the next job, walltime after walltime
 
 
 # Statistics -------------------------------------------------------------------------
