@@ -47,6 +47,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--synthetic", action="store_true", help="use a small invented corpus"
     )
     add(
+        "--download",
+        action="store_true",
+        help="first fetch what --data_root lacks of PTB-XL, every file verified",
+    )
+    add(
         "--task",
         choices=TASKS,
         nargs="+",
@@ -149,6 +154,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sources = (arguments.data_root, arguments.records_root, arguments.synthetic)
     if not any(sources) and arguments.mode != "report":
         parser.error("give --data_root FOLDER, --records_root FOLDER or --synthetic")
+    if arguments.download and not arguments.data_root:
+        parser.error("--download fetches PTB-XL into --data_root FOLDER; give one")
     if arguments.records_root:
         arguments.task = ["label"]
     elif arguments.leads:
@@ -211,6 +218,8 @@ def open_dataset(arguments: argparse.Namespace):
         root = Path(arguments.data_root)
     # The smaller recording where it is enough: a rate of 100 needs no 500.
     recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
+    if arguments.download:
+        PTBXLDataset.download(root, sampling_rates=[recorded])
     return PTBXLDataset(root, sampling_rate=recorded, cache_dir=cache_dir)
 
 

@@ -20,6 +20,7 @@ from pyhealth.bilevel.study.configurations import CONFIGURATIONS
 from pyhealth.bilevel.study.data import PreparedData, prepare
 from pyhealth.bilevel.study.settings import RunSettings
 from pyhealth.bilevel.study.training import train
+from pyhealth.datasets.ptbxl import PTBXLDataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
 SCRIPT = (
@@ -410,6 +411,7 @@ def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
         (["--configurations=A", "--mode=ablation"], "takes no --configurations"),
         (["--equal_steps_only", "--mode=ablation"], "is for --mode=study"),
         (["--protocol=paper"], "give --n_records"),
+        (["--download"], "fetches PTB-XL into --data_root"),
         (["--task", "MI", "CD"], "takes one --task"),
     ],
 )
@@ -417,6 +419,22 @@ def test_what_a_mode_would_ignore_is_refused(script, capsys, arguments, words):
     with pytest.raises(SystemExit):
         script.parse_arguments(["--synthetic", *arguments])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rate", "recorded"), [(100, 100), (250, 500)])
+def test_download_fetches_the_recording_that_is_read(
+    script, tmp_path, monkeypatch, rate, recorded
+):
+    calls = []
+
+    def download(root, sampling_rates):
+        calls.append((root, sampling_rates))
+        raise OSError("stop here")
+
+    monkeypatch.setattr(PTBXLDataset, "download", download)
+    arguments = [f"--data_root={tmp_path}", "--download", f"--sampling_rate={rate}"]
+    assert script.main(arguments) == 2
+    assert calls == [(tmp_path, [recorded])]
 
 
 def test_the_source_of_data_is_needed(script, capsys):

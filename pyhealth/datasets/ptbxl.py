@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import pandas as pd
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
 
 from .ecg_dataset import ECGDataset
+from .ptbxl_download import BASE_URL, PATH_COLUMNS, download
 from .ptbxl_splits import CohortSplit, StratFoldSplit
+from .ptbxl_verify import VerifyReport, verify
 
 __all__ = [
     "CohortSplit",
@@ -25,8 +27,6 @@ __all__ = [
     "parse_scp_codes",
 ]
 
-#: Column of the published table that holds a record's path, by sampling rate in hertz.
-PATH_COLUMNS = {100: "filename_lr", 500: "filename_hr"}
 #: In PTB-XL an age of 300 stands for 90 years or more.
 CENSORED_AGE = 300
 #: Longer than any published entry by far; longer ones are not parsed.
@@ -125,6 +125,58 @@ class PTBXLDataset(ECGDataset):
             num_workers=num_workers,
             dev=dev,
         )
+
+    @classmethod
+    def download(
+        cls,
+        root: str | Path,
+        version: str = "1.0.3",
+        sampling_rates: Sequence[int] = (100,),
+        records: Iterable[int] | None = None,
+        workers: int = 8,
+        base_url: str = BASE_URL,
+    ) -> Path:
+        """Fetch what is missing of PTB-XL.
+
+        See :func:`~pyhealth.datasets.ptbxl_download.download`.
+
+        Args:
+            root: folder of the corpus; made if missing.
+            version: of PTB-XL.
+            sampling_rates: 100, 500 or both, hertz: 0.6 and 2.8 GB on the disk.
+            records: ecg_id of those to fetch; all by default.
+            workers: files that are fetched at the same time.
+            base_url: address of the folder that holds SHA256SUMS.txt.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: if an argument cannot be used, or SHA256SUMS.txt is none.
+            OSError: if the disk is too small, or files could not be had.
+
+        Examples:
+            >>> PTBXLDataset.download("ptbxl", records=[1, 2])  # doctest: +SKIP
+        """
+        return download(root, version, sampling_rates, records, workers, base_url)
+
+    @staticmethod
+    def verify(root: str | Path) -> VerifyReport:
+        """Compare every file with its hash and every waveform with its header.
+
+        Args:
+            root: folder of the corpus, with SHA256SUMS.txt.
+
+        Returns:
+            What was found, see :class:`~pyhealth.datasets.ptbxl_verify.VerifyReport`.
+
+        Raises:
+            FileNotFoundError: if there is no SHA256SUMS.txt.
+
+        Examples:
+            >>> print(PTBXLDataset.verify("ptbxl"))  # doctest: +SKIP
+        """
+        return verify(root)
 
     @property
     def default_task(self) -> ECGBinaryClassification:
