@@ -20,6 +20,8 @@ from pathlib import Path
 # PyHealth is imported inside the functions: its Dask workers import this script again.
 
 TASKS = ("MI", "HYP", "STTC", "CD", "NORM")
+#: Tasks with several labels.
+GROUPS = ("superclass", "subclass", "form", "rhythm")
 MODES = ("standard", "bilevel", "ablation", "lr_sweep", "study", "report")
 ALONE = ("standard", "bilevel")
 ABLATION = ("A", "B", "C", "D", "E", "F")
@@ -53,10 +55,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--task",
-        choices=TASKS,
+        choices=(*TASKS, *GROUPS),
         nargs="+",
         default=["MI"],
-        help="superclass to find; a study takes several",
+        help="superclass to find, several in a study; or a group of labels at once",
     )
     add("--mode", choices=MODES, default="bilevel", help="what to run")
     add("--epochs", type=int, default=10, help="passes over the training records")
@@ -84,8 +86,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--outer_loss",
         choices=("model", "ranking", "calibrated"),
-        default="ranking",
-        help="what the policy lowers on the validation records",
+        help="what the policy lowers on the validation records; 'ranking', or 'model' "
+        "with several labels",
     )
     add(
         "--alignment_records",
@@ -166,6 +168,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--equal_steps_only is for --mode=study; leave it out")
     if arguments.protocol == "paper" and not arguments.n_records:
         parser.error("--protocol=paper draws a cohort; give --n_records")
+    if set(arguments.task) & set(GROUPS) and arguments.mode not in ALONE:
+        parser.error(
+            f"--mode={arguments.mode} compares binary tasks, one label against the rest"
+        )
     if arguments.policy_from and arguments.mode != "bilevel":
         parser.error(f"--mode={arguments.mode} takes no --policy_from; leave one out")
     several = [
@@ -228,6 +234,7 @@ def prepare_data(arguments: argparse.Namespace, dataset, task: str, size: int, s
     from pyhealth.bilevel.study.data import prepare
     from pyhealth.tasks.ecg_classification import ECGBinaryClassification
     from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
+    from pyhealth.tasks.ecg_multilabel_classification import ECGMultilabelClassification
 
     signals = {
         "sampling_rate": arguments.sampling_rate,
@@ -238,6 +245,8 @@ def prepare_data(arguments: argparse.Namespace, dataset, task: str, size: int, s
         if arguments.leads:
             signals["leads"] = arguments.leads.split(",")
         made = ECGFolderClassification(**signals)
+    elif task in GROUPS:
+        made = ECGMultilabelClassification(task, **signals)
     else:
         made = ECGBinaryClassification(task, **signals)
     return prepare(dataset, made, size or None, seed, arguments.protocol)
@@ -248,6 +257,9 @@ def settings_of(arguments: argparse.Namespace):
     from pyhealth.bilevel.study.settings import RunSettings
 
     policy = "joint" if arguments.mode == "standard" else "learned"
+    # With several labels there are no two classes to give magnitudes of their own, nor
+    # pairs of records to rank.
+    several = arguments.task[0] in GROUPS
     return RunSettings(
         policy=arguments.policy_from or policy,
         policy_stages=arguments.policy_stages,
@@ -257,7 +269,8 @@ def settings_of(arguments: argparse.Namespace):
         lr=arguments.lr,
         outer_lr=arguments.outer_lr,
         hypergradient=arguments.hypergradient,
-        outer_loss=arguments.outer_loss,
+        outer_loss=arguments.outer_loss or ("model" if several else "ranking"),
+        shared_magnitudes=several,
         alignment_records=arguments.alignment_records,
         outer_every=arguments.outer_every,
         warmup_epochs=arguments.warmup_epochs,
@@ -314,7 +327,16 @@ def describe(scores: dict) -> str:
         for key, name in names.items()
         if scores[key] is not None  # the areas, where there is one class only
     ]
-    return f"{', '.join(shown)} (n = {scores['n']}, {scores['positives']} positive)"
+    if scores["roc_auc"] is not None:
+        shown[0] += f" ({scores['roc_auc_low']:.3f} to {scores['roc_auc_high']:.3f})"
+    if "labels" not in scores:
+        return f"{', '.join(shown)} (n = {scores['n']}, {scores['positives']} positive)"
+    lines = [
+        f"  {name}: {describe(of)}"
+        for name, of in scores["labels"].items()
+        if of["roc_auc"] is not None
+    ]
+    return "\n".join([f"macro {', '.join(shown)} (n = {scores['n']})", *lines])
 
 
 def run_several(arguments: argparse.Namespace) -> None:

@@ -278,6 +278,18 @@ def test_the_papers_protocol_draws_records(script, dataset):
     assert not set(data.test.patient_ids) & set(data.train.patient_ids)
 
 
+def test_all_superclasses_by_one_command(run, tmp_path, capsys):
+    assert run(tmp_path, "--task=superclass", "--warmup_epochs=0") == 0
+    printed = capsys.readouterr().out
+    test = json.loads((tmp_path / "metrics.json").read_text())["test"]
+    low, high = (test[f"roc_auc_{end}"] for end in ("low", "high"))
+    assert f"macro AUROC {test['roc_auc']:.3f} ({low:.3f} to {high:.3f})" in printed
+    for name, of in test["labels"].items():
+        assert f"  {name}: AUROC {of['roc_auc']:.3f} (" in printed
+    config = json.loads((tmp_path / "config.json").read_text())["settings"]
+    assert (config["outer_loss"], config["shared_magnitudes"]) == ("model", True)
+
+
 def test_synthetic_runs_the_same_path(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SYNTHETIC_PATIENTS", 120)
     fixed = ["--synthetic", f"--output_dir={tmp_path / 'a'}", "--epochs=2"]
@@ -411,6 +423,7 @@ def test_a_corpus_without_the_test_folds_needs_a_cohort(dataset, monkeypatch):
         (["--configurations=A", "--mode=ablation"], "takes no --configurations"),
         (["--equal_steps_only", "--mode=ablation"], "is for --mode=study"),
         (["--protocol=paper"], "give --n_records"),
+        (["--task=rhythm", "--mode=study"], "one label against the rest"),
         (["--download"], "fetches PTB-XL into --data_root"),
         (["--task", "MI", "CD"], "takes one --task"),
     ],

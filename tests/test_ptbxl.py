@@ -19,7 +19,7 @@ import torch
 import wfdb
 
 from pyhealth.datasets import base_dataset
-from pyhealth.datasets.ptbxl import PTBXLDataset, diagnostic_classes, parse_scp_codes
+from pyhealth.datasets.ptbxl import PTBXLDataset, parse_scp_codes, statement_names
 from pyhealth.processors.ecg_processor import ECGProcessor
 from pyhealth.processors.ecg_record_processor import STANDARD_LEADS
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
@@ -632,23 +632,37 @@ def test_bad_codes_are_refused_at_once_and_nothing_is_run(name, tmp_path):
 
 
 def test_only_diagnostic_statements_have_a_class(tiny):
-    assert diagnostic_classes(tiny[0] / "scp_statements.csv") == {
-        "NORM": "NORM",
-        "IMI": "MI",
-        "ASMI": "MI",
-        "NDT": "STTC",
-        "CLBBB": "CD",
-        "LVH": "HYP",
+    names = statement_names(tiny[0] / "scp_statements.csv")
+    assert names == {
+        "superclasses": {
+            "NORM": "NORM",
+            "IMI": "MI",
+            "ASMI": "MI",
+            "NDT": "STTC",
+            "CLBBB": "CD",
+            "LVH": "HYP",
+        },
+        "subclasses": {
+            "NORM": "NORM",
+            "IMI": "IMI",
+            "ASMI": "AMI",
+            "NDT": "STTC",
+            "CLBBB": "CLBBB",
+            "LVH": "LVH",
+        },
+        "forms": {"NDT": "NDT", "QWAVE": "QWAVE"},
+        "rhythms": {"SR": "SR"},
     }
 
 
 def test_a_class_counts_only_if_it_is_diagnostic_and_known(tmp_path):
     path = tmp_path / "scp_statements.csv"
     path.write_text(
-        ",diagnostic,diagnostic_class,form\n"
-        "A,1,MI,\nB,1.0,MI,1.0\nC,,MI,1.0\nD,0.0,MI,\nE,1.0,OTHER,\nF,1.0,,\n"
+        ",diagnostic,diagnostic_class,form,diagnostic_subclass,rhythm\n"
+        "A,1,MI,,,\nB,1.0,MI,1.0,,\nC,,MI,1.0,,\nD,0.0,MI,,,\nE,1.0,OTHER,,,\n"
+        "F,1.0,,,,\n"
     )
-    assert diagnostic_classes(path) == {"A": "MI", "B": "MI"}
+    assert statement_names(path)["superclasses"] == {"A": "MI", "B": "MI"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ from pyhealth.bilevel.study.results import (
     summary,
     write_tables,
 )
-from pyhealth.bilevel.study.run import run, score
+from pyhealth.bilevel.study.run import run
+from pyhealth.bilevel.study.scores import score
 from pyhealth.bilevel.study.search import RANDAUGMENT, search
 from pyhealth.bilevel.study.settings import RunSettings
 from pyhealth.bilevel.study.statistics import (

@@ -119,14 +119,17 @@ class ECGDataset(BaseDataset):
         """Return the table of records, one row each, sorted by ecg_id.
 
         Args:
-            task: if given and a task with labels, their column "label" is added.
+            task: if given and a task with labels, their column "label" is added, and
+                records that it does not use are left out.
 
         Returns:
             Columns patient_id, timestamp and the event attributes.
         """
         table = self.global_event_df
         if isinstance(task, ECGTask):
-            table = table.with_columns(task.label_expression().alias("label"))
+            table = table.filter(task.record_expression()).with_columns(
+                task.label_expression().alias("label")
+            )
         return (
             table.drop("event_type")
             .rename(lambda name: name.removeprefix(f"{self.event_type}/"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,18 @@ import torch
 
 from ..processors.base_processor import FeatureProcessor
 from ..processors.ecg_processor import ECGProcessor, Moments
+from ..processors.label_processor import MultiLabelProcessor
 from ..tasks.ecg_task import ECGTask
 from .sample_dataset import SampleBuilder, SampleDataset
 from .splitter import Split
 
 __all__ = ["ECGSamples"]
 
+logger = logging.getLogger(__name__)
+
 type Sample = dict[str, str | int | torch.Tensor]
+#: 0 or 1, or the names of several labels.
+type Label = int | list[str]
 
 
 class ECGSamples(SampleDataset):
@@ -34,7 +40,7 @@ class ECGSamples(SampleDataset):
     Args:
         path: folder of the prepared records.
         task: the task.
-        label_of: label by ecg_id.
+        label_of: label by ecg_id: 0 or 1, or a list of names.
         input_processors: an ECGProcessor under "ecg", fitted.
         output_processors: that of the label under "label", fitted.
         dataset_name: name to show.
@@ -51,7 +57,7 @@ class ECGSamples(SampleDataset):
         self,
         path: str,
         task: ECGTask,
-        label_of: Mapping[int, int],
+        label_of: Mapping[int, Label],
         input_processors: Mapping[str, FeatureProcessor],
         output_processors: Mapping[str, FeatureProcessor],
         dataset_name: str | None = None,
@@ -69,7 +75,7 @@ class ECGSamples(SampleDataset):
         cls,
         records: SampleDataset,
         task: ECGTask,
-        label_of: Mapping[int, int],
+        label_of: Mapping[int, Label],
         split: Split | None = None,
         input_processors: Mapping[str, FeatureProcessor] | None = None,
         output_processors: Mapping[str, FeatureProcessor] | None = None,
@@ -79,7 +85,7 @@ class ECGSamples(SampleDataset):
         Args:
             records: the prepared records.
             task: the task.
-            label_of: label by ecg_id.
+            label_of: label by ecg_id; records without one are left out.
             split: how to part the samples; one part by default.
             input_processors: a fitted ECGProcessor to use, under "ecg".
             output_processors: a fitted processor to use, under "label".
@@ -88,27 +94,29 @@ class ECGSamples(SampleDataset):
             One dataset a part, the training part first.
 
         Raises:
-            ValueError: if the training part holds one class only, or no signal that
-                varies where the scaling is fitted, or if a given processor does not
-                fit the records.
+            ValueError: if the training part holds one class only or no label, or no
+                signal that varies where the scaling is fitted, or if a given processor
+                does not fit the records.
         """
+        ids = _in_order(records.record_to_index)
+        used = np.array([k for k, ecg_id in enumerate(ids) if int(ecg_id) in label_of])
         builder = SampleBuilder(
             task.input_schema, task.output_schema, input_processors, output_processors
         )
-        builder.fit(_facts(records, task, label_of), split)
+        builder.fit(_facts(records, used, task, label_of), split)
         _check_processor(builder.input_processors["ecg"], task)
         whole = cls(
             records.path,
             task,
-            label_of,
+            _known(label_of, builder.output_processors["label"]),
             builder.input_processors,
             builder.output_processors,
             records.dataset_name,
         )
         if split is None:
-            return (whole,)
+            return (whole if len(used) == len(whole) else whole.subset(used),)
         whole.fit_split = split.to_dict()
-        return tuple(whole.subset(indices) for indices in builder.split_indices)
+        return tuple(whole.subset(used[indices]) for indices in builder.split_indices)
 
     @property
     def processor(self) -> ECGProcessor:
@@ -126,9 +134,17 @@ class ECGSamples(SampleDataset):
         return _in_order(self.patient_to_index)
 
     @property
-    def labels(self) -> list[int]:
+    def labels(self) -> list[Label]:
         """The labels in the order of the samples."""
         return [self.label_of[ecg_id] for ecg_id in self.ecg_ids]
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of several labels in the order of their vector; [""] for one."""
+        processor = self.output_processors["label"]
+        if isinstance(processor, MultiLabelProcessor):
+            return list(processor.label_vocab)
+        return [""]
 
     def __getitem__(self, index: int) -> Sample:
         """Return one sample."""
@@ -190,24 +206,46 @@ def _check_processor(processor: FeatureProcessor, task: ECGTask) -> None:
         )
 
 
+def _known(
+    label_of: Mapping[int, Label], processor: FeatureProcessor
+) -> Mapping[int, Label]:
+    """Leave out labels that no training record has, and say so."""
+    if not isinstance(processor, MultiLabelProcessor):
+        return label_of
+    known = processor.label_vocab
+    if not known:
+        raise ValueError("No record of the training part has a label.")
+    unknown = sorted({name for names in label_of.values() for name in names} - {*known})
+    if unknown:
+        logger.warning(
+            "No training record has the label %s; left out.", ", ".join(unknown)
+        )
+    return {
+        ecg_id: [name for name in names if name in known]
+        for ecg_id, names in label_of.items()
+    }
+
+
 def _facts(
-    records: SampleDataset, task: ECGTask, label_of: Mapping[int, int]
-) -> Sequence[dict[str, str | int | Moments | None]]:
+    records: SampleDataset,
+    used: Sequence[int],
+    task: ECGTask,
+    label_of: Mapping[int, Label],
+) -> Sequence[dict[str, str | Label | Moments | None]]:
     """Return what fitting needs to know of each record; no waveform, if it can be."""
-    ids = [int(record_id) for record_id in _in_order(records.record_to_index)]
-    moments: Iterator[Moments | None] = iter([None] * len(ids))
-    if task.normalize == "dataset":
-        moments = iter(_moments(records))
+    ids, patients = (
+        _in_order(index)
+        for index in (records.record_to_index, records.patient_to_index)
+    )
+    moments = _moments(records) if task.normalize == "dataset" else [None] * len(ids)
     return [
         {
-            "patient_id": patient_id,
-            "record_id": str(ecg_id),
-            "ecg": moment,
-            "label": label_of[ecg_id],
+            "patient_id": patients[k],
+            "record_id": ids[k],
+            "ecg": moments[k],
+            "label": label_of[int(ids[k])],
         }
-        for patient_id, ecg_id, moment in zip(
-            _in_order(records.patient_to_index), ids, moments, strict=True
-        )
+        for k in used
     ]
 
 

@@ -13,6 +13,7 @@ import narwhals as nw
 import pandas as pd
 
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
+from pyhealth.tasks.record_filter import QUALITY_FLAGS
 
 from .ecg_dataset import ECGDataset
 from .ptbxl_download import BASE_URL, PATH_COLUMNS, download
@@ -23,8 +24,8 @@ __all__ = [
     "CohortSplit",
     "PTBXLDataset",
     "StratFoldSplit",
-    "diagnostic_classes",
     "parse_scp_codes",
+    "statement_names",
 ]
 
 #: In PTB-XL an age of 300 stands for 90 years or more.
@@ -46,9 +47,12 @@ class PTBXLDataset(ECGDataset):
     age_is_censored), sex (0 male, 1 female), strat_fold (1-10), validated_by_human,
     scp_codes (the published text), the superclasses norm, mi, sttc, cd, hyp (0 or 1)
     and for each the largest likelihood of its codes, e.g. mi_likelihood (percent;
-    missing where no code is listed). A superclass is 1 if any listed code is a
-    diagnostic statement of that class with at least ``min_likelihood``. A likelihood
-    of 0 means "not stated", not "absent".
+    missing where no code is listed); superclasses, subclasses, forms and rhythms, each
+    name with its likelihood ("AMI=80.0|IMI=35.0"); and the annotators' remarks
+    baseline_drift, static_noise, burst_noise, electrodes_problems, extra_beats and
+    pacemaker (text; missing where there is nothing to remark). A superclass is 1 if any
+    listed code is a diagnostic statement of that class with at least
+    ``min_likelihood``. A likelihood of 0 means "not stated", not "absent".
 
     Args:
         root: folder of the dataset.
@@ -108,7 +112,7 @@ class PTBXLDataset(ECGDataset):
         self.min_likelihood = float(min_likelihood)
         self.skipped_records = []
         statements = folder / "scp_statements.csv"
-        self._class_of = diagnostic_classes(statements)
+        self._names_of = statement_names(statements)
         digest = hashlib.sha256(statements.read_bytes()).hexdigest()[:10]
         super().__init__(
             root=str(folder),
@@ -211,7 +215,7 @@ class PTBXLDataset(ECGDataset):
             _describe,
             root=self.root,
             sampling_rate=self.sampling_rate,
-            class_of=self._class_of,
+            names_of=self._names_of,
             min_likelihood=self.min_likelihood,
         )
         frame = table.to_native()
@@ -256,40 +260,51 @@ def parse_scp_codes(text: str) -> dict[str, float]:
     return {code: float(likelihood) for code, likelihood in codes.items()}
 
 
-def diagnostic_classes(path: str | Path) -> dict[str, str]:
-    r"""Read which statement belongs to which diagnostic superclass.
+def statement_names(path: str | Path) -> dict[str, dict[str, str]]:
+    r"""Read what each statement says: which diagnosis, form or rhythm.
 
     Args:
         path: PTB-XL's ``scp_statements.csv``.
 
     Returns:
-        Superclass ("NORM", "MI", "STTC", "CD" or "HYP") by code, for the diagnostic
-        statements only.
+        For "superclasses" and "subclasses" the name by code of a diagnostic statement,
+        for "forms" and "rhythms" the code itself.
 
     Raises:
         ValueError: if a column is missing.
 
     Examples:
         >>> import tempfile
+        >>> header = ",diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass"
         >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-        ...     _ = file.write(",diagnostic,diagnostic_class\nIMI,1.0,MI\nSR,,\n")
+        ...     _ = file.write(f"{header}\nASMI,1.0,,,MI,AMI\nSR,,,1.0,,\n")
         ...     file.flush()
-        ...     diagnostic_classes(file.name)
-        {'IMI': 'MI'}
+        ...     names = statement_names(file.name)
+        >>> names["subclasses"], names["rhythms"]
+        ({'ASMI': 'AMI'}, {'SR': 'SR'})
     """
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    needed = {"", "diagnostic", "diagnostic_class"}
-    if not rows or not needed <= set(rows[0]):
+    needed = ["", "diagnostic", "form", "rhythm"]
+    needed += ["diagnostic_class", "diagnostic_subclass"]
+    if not rows or not set(needed) <= set(rows[0]):
         raise ValueError(
-            f"{path}: expected the columns '', 'diagnostic' and 'diagnostic_class' of "
-            "PTB-XL's scp_statements.csv. Fetch the file again."
+            f"{path}: expected the columns {needed} of PTB-XL's scp_statements.csv. "
+            "Fetch the file again."
         )
+
+    def named(kind: str, column: str) -> dict[str, str]:
+        is_kind = (row for row in rows if row[kind].strip() in ("1", "1.0"))
+        return {row[""]: row[column] for row in is_kind}
+
+    superclasses = named("diagnostic", "diagnostic_class")
     return {
-        row[""]: row["diagnostic_class"]
-        for row in rows
-        if row["diagnostic"].strip() in ("1", "1.0")
-        and row["diagnostic_class"] in SUPERCLASSES
+        "superclasses": {
+            code: name for code, name in superclasses.items() if name in SUPERCLASSES
+        },
+        "subclasses": named("diagnostic", "diagnostic_subclass"),
+        "forms": named("form", ""),
+        "rhythms": named("rhythm", ""),
     }
 
 
@@ -313,12 +328,13 @@ def _describe(
     *,
     root: str,
     sampling_rate: int,
-    class_of: Mapping[str, str],
+    names_of: Mapping[str, Mapping[str, str]],
     min_likelihood: float,
 ) -> pd.DataFrame:
     """Turn published rows into event attributes with proper types."""
     needed = ["patient_id", "ecg_id", "age", "sex", "strat_fold", "scp_codes"]
     needed += ["recording_date", "validated_by_human", PATH_COLUMNS[sampling_rate]]
+    needed += QUALITY_FLAGS
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(
@@ -345,11 +361,19 @@ def _describe(
         },
         index=frame.index,
     )
+    for flag in QUALITY_FLAGS:
+        result[flag] = frame[flag].astype("string")
+    codes = [
+        _codes(ecg_id, text)
+        for ecg_id, text in zip(result["ecg_id"], result["scp_codes"], strict=True)
+    ]
+    for group, name_of in names_of.items():
+        # Forms and rhythms have no likelihood: theirs is 0 throughout.
+        limit = min_likelihood if group in ("superclasses", "subclasses") else 0
+        listed = [_listed(_likelihoods(of_row, name_of), limit) for of_row in codes]
+        result[group] = pd.array(listed, dtype="string")
     likelihoods = pd.DataFrame(
-        [
-            _superclass_likelihoods(ecg_id, text, class_of)
-            for ecg_id, text in zip(result["ecg_id"], result["scp_codes"], strict=True)
-        ],
+        [_likelihoods(of_row, names_of["superclasses"]) for of_row in codes],
         columns=list(SUPERCLASSES),
         index=frame.index,
         dtype="Float64",
@@ -379,16 +403,24 @@ def _integers(frame: pd.DataFrame, name: str) -> pd.Series:
     return numbers.astype("Int64")
 
 
-def _superclass_likelihoods(
-    ecg_id: int, scp_codes: str, class_of: Mapping[str, str]
-) -> dict[str, float]:
+def _codes(ecg_id: int, scp_codes: str) -> dict[str, float]:
     try:
-        codes = parse_scp_codes("" if pd.isna(scp_codes) else scp_codes)
+        return parse_scp_codes("" if pd.isna(scp_codes) else scp_codes)
     except ValueError as error:
         raise ValueError(f"ptbxl_database.csv, ecg_id {ecg_id}: {error}") from error
+
+
+def _likelihoods(
+    codes: Mapping[str, float], name_of: Mapping[str, str]
+) -> dict[str, float]:
+    """Return the largest likelihood of each name's codes."""
     result: dict[str, float] = {}
     for code, likelihood in codes.items():
-        if code in class_of:
-            name = class_of[code]
+        if code in name_of:
+            name = name_of[code]
             result[name] = max(result.get(name, 0.0), likelihood)
     return result
+
+
+def _listed(likelihoods: Mapping[str, float], limit: float) -> str:
+    return "|".join(f"{name}={p}" for name, p in likelihoods.items() if p >= limit)

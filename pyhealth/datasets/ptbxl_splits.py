@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -48,7 +49,7 @@ class RecordSplit(Split):
 
         Args:
             records: columns patient_id and strat_fold, one row a record; a cohort also
-                needs label (0 or 1).
+                needs label (0 or 1, or a list of names).
             skipped: ecg_id, a column then, of records of which there is no sample. The
                 others keep the part that they would have beside them.
 
@@ -206,9 +207,9 @@ class CohortSplit(RecordSplit):
 
     Patients are drawn, not records, so nobody is on two sides; of the last patient as
     many records are used as make N. The prevalence of the label is kept, to one
-    patient. Cohorts of one seed are nested: the 1000 lie within the 2500, train within
-    train and validation within validation. A record that the task then skips as
-    unreadable counts in N.
+    patient; of several labels, that of the rarest one that a patient has. Cohorts of
+    one seed are nested: the 1000 lie within the 2500, train within train and validation
+    within validation. A record that the task then skips as unreadable counts in N.
 
     Args:
         n_records: number of records N to train and validate on.
@@ -305,14 +306,15 @@ class CohortSplit(RecordSplit):
     def _ranked(self, pool: pl.DataFrame) -> list[tuple[str, int, int]]:
         """Return (patient, records, part) in an order whose every start is balanced."""
         patients = (
-            pool.group_by("patient_id")
-            .agg(pl.len().alias("count"), pl.col("label").max())
+            pool.with_columns(_strata(pool["label"]).alias("stratum"))
+            .group_by("patient_id")
+            .agg(pl.len().alias("count"), pl.col("stratum").max())
             .sort("patient_id")
         )
         rng = np.random.default_rng(self.seed)
         ranked = []
-        for label in (0, 1):
-            stratum = patients.filter(pl.col("label") == label)
+        for number in sorted(patients["stratum"].unique()):
+            stratum = patients.filter(pl.col("stratum") == number)
             for rank, row in enumerate(rng.permutation(len(stratum))):
                 ranked.append(
                     (
@@ -343,3 +345,13 @@ def _by_patient(records: pl.DataFrame, values: Iterable) -> dict[str, tuple]:
     for patient, value in zip(records["patient_id"], values, strict=True):
         found.setdefault(patient, []).append(value)
     return {patient: tuple(of_patient) for patient, of_patient in found.items()}
+
+
+def _strata(labels: pl.Series) -> pl.Series:
+    """Return a number for each record, the higher the rarer the label."""
+    if not isinstance(labels.dtype, pl.List):
+        return labels
+    count = Counter(name for of_record in labels for name in of_record)
+    common_first = sorted(count, key=lambda name: (-count[name], name))
+    rarity = {name: rank for rank, name in enumerate(common_first, 1)}
+    return pl.Series([max((rarity[n] for n in of), default=0) for of in labels])

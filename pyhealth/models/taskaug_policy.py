@@ -258,7 +258,7 @@ class TaskAugPolicy(nn.Module):
         Returns:
             A draw for :meth:`apply`.
         """
-        if labels is not None and not self.shared_magnitudes:
+        if labels is not None and self.num_stages and not self.shared_magnitudes:
             _column_of_labels(labels, shape[0])
         with torch.no_grad():
             stages = [

@@ -11,6 +11,7 @@ import polars as pl
 from ..processors.ecg_processor import Normalization
 from ..processors.ecg_record_processor import STANDARD_LEADS
 from .ecg_task import ECGTask
+from .record_filter import RecordFilter
 
 __all__ = ["SUPERCLASSES", "ECGBinaryClassification"]
 
@@ -36,6 +37,7 @@ class ECGBinaryClassification(ECGTask):
             dataset's own limit holds too; the stricter one decides.
         leads: names of the leads.
         on_error: "raise" or "skip".
+        records: which records are used; all by default.
 
     Raises:
         ValueError: if an argument is none of the allowed values.
@@ -58,6 +60,7 @@ class ECGBinaryClassification(ECGTask):
         min_likelihood: float = 0.0,
         leads: Sequence[str] = STANDARD_LEADS,
         on_error: Literal["raise", "skip"] = "raise",
+        records: RecordFilter | None = None,
     ) -> None:
         if task_label not in SUPERCLASSES:
             raise ValueError(
@@ -77,6 +80,7 @@ class ECGBinaryClassification(ECGTask):
             )
         self.task_label = task_label
         self.min_likelihood = float(min_likelihood)
+        self.records = records or RecordFilter()
         self.output_schema = {"label": "binary"}
         super().__init__(sampling_rate, length, normalize, leads, on_error)
 
@@ -85,3 +89,7 @@ class ECGBinaryClassification(ECGTask):
         column = f"ptbxl/{self.task_label.lower()}"
         likely = pl.col(f"{column}_likelihood").fill_null(-1.0) >= self.min_likelihood
         return ((pl.col(column) == 1) & likely).cast(pl.Int64)
+
+    def record_expression(self) -> pl.Expr:
+        """Return which rows of an event table are used, as a polars expression."""
+        return self.records.expression()

@@ -153,6 +153,10 @@ class ECGTask(BaseTask):
     def label_expression(self) -> pl.Expr:
         """Return the label of an event table's rows, as a polars expression."""
 
+    def record_expression(self) -> pl.Expr:
+        """Return which rows of an event table are used; all, if not overridden."""
+        return pl.lit(True)
+
     def records_task(self) -> ECGRecords:
         """Return the task that prepares the records, whatever the label."""
         return ECGRecords(
@@ -170,7 +174,8 @@ class ECGTask(BaseTask):
         """
         events = patient.get_events(self.event_type, return_df=True)
         ecg_id = f"{self.event_type}/ecg_id"
-        labelled = events.select(ecg_id, self.label_expression().alias("label"))
+        used = events.filter(self.record_expression())
+        labelled = used.select(ecg_id, self.label_expression().alias("label"))
         label_of = dict(labelled.iter_rows())
         return [
             {
@@ -180,4 +185,5 @@ class ECGTask(BaseTask):
                 "label": label_of[sample["ecg_id"]],
             }
             for sample in self.records_task()(patient)
+            if sample["ecg_id"] in label_of
         ]

@@ -23,6 +23,7 @@ RUN_FOLDER = re.compile(
     r"/(?P<configuration>[^/]+?)(?P<seconds>_seconds)?/seed_(?P<seed>\d+)"
 )
 SCORES = ("roc_auc", "pr_auc", "brier", "calibration_error")
+TEST_COLUMNS = ("n", "positives", "roc_auc", "pr_auc", "accuracy", *SCORES[2:])
 
 
 def read_runs(folder: str | Path) -> pd.DataFrame:
@@ -55,7 +56,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
                 "configuration": match["configuration"],
                 "budget": "seconds" if match["seconds"] else "steps",
                 "seed": int(match["seed"]),
-                **metrics["test"],
+                **{name: metrics["test"][name] for name in TEST_COLUMNS},
                 "val_roc_auc": (metrics["val"] or {}).get("roc_auc", math.nan),
                 **{
                     name: metrics[name]

@@ -6,15 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from pyhealth.metrics.calibration import ece_confidence_binary
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    brier_score_loss,
-    roc_auc_score,
-)
 
 from ...datasets import get_dataloader
 from ...datasets.ecg_samples import ECGSamples
@@ -24,11 +16,12 @@ from ..leak import leak_auroc
 from ..trainer import BiLevelTrainer
 from .data import PreparedData, identities
 from .run_folder import begin, draw, provenance, write_json, write_table
+from .scores import score
 from .search import search
 from .settings import RunSettings
-from .training import train
+from .training import MONITOR, train
 
-__all__ = ["run", "score"]
+__all__ = ["run"]
 
 #: Records that the leak probe augments: enough for an AUROC to 0.03, in a second.
 LEAK_RECORDS = 128
@@ -97,7 +90,7 @@ def _write_results(
 ) -> dict:
     trainer.save_ckpt(str(folder / "best.ckpt"))
     history, validation = trainer.history, None
-    best = max(range(len(history)), key=lambda epoch: history[epoch]["roc_auc"])
+    best = _best_epoch(history, data.train.output_schema["label"])
     if settings.train_on_validation:
         best = len(history) - 1
     else:
@@ -116,49 +109,24 @@ def _write_results(
     }
 
 
-def score(predictions: pd.DataFrame) -> dict[str, float | int | None]:
-    """Score predictions.
-
-    Args:
-        predictions: columns label (0 or 1) and probability.
-
-    Returns:
-        n, positives, roc_auc, pr_auc, accuracy (at 0.5), brier and calibration_error
-        (expected, in 20 bins of the probability); the two areas are None where only one
-        class is present.
-
-    Examples:
-        >>> table = pd.DataFrame({"label": [0, 1], "probability": [0.2, 0.9]})
-        >>> score(table)["roc_auc"]
-        1.0
-    """
-    label, probability = predictions["label"], predictions["probability"]
-    both = label.nunique() == 2
-    return {
-        "n": len(label),
-        "positives": int(label.sum()),
-        "roc_auc": float(roc_auc_score(label, probability)) if both else None,
-        "pr_auc": float(average_precision_score(label, probability)) if both else None,
-        "accuracy": float(accuracy_score(label, probability >= 0.5)),
-        "brier": float(brier_score_loss(label, probability)),
-        "calibration_error": float(
-            ece_confidence_binary(probability.to_numpy()[:, None], label.to_numpy())
-        ),
-    }
-
-
 def _predict(
     trainer: BiLevelTrainer, samples: ECGSamples, batch_size: int
 ) -> pd.DataFrame:
     loader = get_dataloader(samples, batch_size)
     labels, probabilities, _ = trainer.inference(loader)
-    return pd.DataFrame(
-        {
-            **identities(samples),
-            "label": np.ravel(labels).astype(int),
-            "probability": np.ravel(probabilities),
-        }
-    )
+    columns: dict = identities(samples)
+    for index, name in enumerate(samples.label_names):
+        suffix = f"/{name}" if name else ""
+        columns[f"label{suffix}"] = labels[:, index].astype(int)
+        columns[f"probability{suffix}"] = probabilities[:, index]
+    return pd.DataFrame(columns)
+
+
+def _best_epoch(history: list[dict], kind: str) -> int:
+    """Return the epoch that the trainer has kept; the first of equal ones."""
+    monitor, criterion = MONITOR[kind].values()
+    scores = [row[monitor] for row in history]
+    return scores.index(max(scores) if criterion == "max" else min(scores))
 
 
 def _number(value: float) -> float | None:

@@ -19,6 +19,7 @@ from ..checkpoint import write_whole
 from ..plots import plot_ecg, plot_learning_curves, plot_policy, plot_roc_pr
 from ..trainer import BiLevelTrainer
 from .data import PreparedData, identities
+from .scores import by_label
 from .settings import RunSettings
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "write_table",
 ]
 
+#: Curves that can be told apart in one picture.
+MOST_CURVES = 8
 PACKAGES = ("torch", "numpy", "pyhealth", "pyhealth-taskaug", "wfdb", "scikit-learn")
 
 
@@ -88,9 +91,8 @@ def draw(
     """
     history, policy = trainer.history, trainer.policy
     plot_learning_curves(history, folder / "learning_curves.png")
-    if predictions["label"].nunique() == 2:
-        curve = (predictions["label"], predictions["probability"])
-        plot_roc_pr({settings.describe(): curve}, folder / "roc_pr.png")
+    if curves := _curves(predictions, settings.describe()):
+        plot_roc_pr(curves, folder / "roc_pr.png")
     if policy.num_stages:
         ranges = {op.name: (op.low, op.high, op.unit) for op in policy.operations}
         plot_policy(history, policy.op_names, ranges, folder / "policy.png")
@@ -100,7 +102,8 @@ def draw(
 def _draw_ecg(policy: TaskAugPolicy, data: PreparedData, seed: int, path: Path) -> None:
     """Draw a training record of the positive class before and after the policy."""
     task = data.task
-    index = data.train.labels.index(1)
+    found = data.train.labels
+    index = found.index(1) if 1 in found else 0
     # In millivolt whatever the training's scale: the paper's grid is in millivolt, and
     # the operations are relative to the signal.
     processor = ECGProcessor(task.sampling_rate, task.length, "none", task.leads)
@@ -122,8 +125,25 @@ def _draw_ecg(policy: TaskAugPolicy, data: PreparedData, seed: int, path: Path) 
         sampling_rate=task.sampling_rate,
         lead_names=task.leads,
         titles=["recorded", "augmented: " + ", then ".join(drawn)],
-        suptitle=f"ECG {data.train.ecg_ids[index]}, {task.task_label} = 1",
+        suptitle=f"ECG {data.train.ecg_ids[index]}, {task.task_label}: {found[index]}",
     )
+
+
+def _curves(
+    predictions: pd.DataFrame, title: str
+) -> dict[str, tuple[pd.Series, pd.Series]]:
+    """Return what has both classes; of many labels the most frequent ones."""
+    tables = {
+        name or title: table
+        for name, table in by_label(predictions).items()
+        if table["label"].nunique() == 2
+    }
+    common = sorted(tables, key=lambda name: -tables[name]["label"].sum())[:MOST_CURVES]
+    return {
+        name: (table["label"], table["probability"])
+        for name, table in tables.items()
+        if name in common
+    }
 
 
 def configuration_of(settings: RunSettings, data: PreparedData) -> dict:

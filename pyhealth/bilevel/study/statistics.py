@@ -15,6 +15,7 @@ from scipy import stats
 __all__ = [
     "Interval",
     "agreement",
+    "bootstrap_auroc",
     "bootstrap_by_patient",
     "holm",
     "over_seeds",
@@ -25,6 +26,8 @@ __all__ = [
 #: of its length.
 RESAMPLES = 500
 CONFIDENCE = 0.95
+#: Of an AUROC, as the PTB-XL benchmark gives them.
+AUROC_PERCENTILES = (5, 95)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,40 @@ def bootstrap_by_patient(
     tail = 50 * (1 - CONFIDENCE)
     ends = np.nanpercentile([difference(d) for d in draws], [tail, 100 - tail])
     return Interval(difference(np.arange(count)), *map(float, ends))
+
+
+def bootstrap_auroc(tables: Sequence[pd.DataFrame], seed: int = 0) -> Interval:
+    """Return how the mean AUROC of labels varies with who is in the test part.
+
+    Args:
+        tables: predictions of each label for the same records: columns patient_id,
+            label and probability. A label of one class has no AUROC and does not count.
+        seed: of the draws.
+
+    Returns:
+        The mean over labels, and the 5th and 95th percentile over draws of patients.
+
+    Source:
+        Strodthoff et al., IEEE JBHI 2021, with 100 draws of records.
+
+    Examples:
+        >>> table = pd.DataFrame({"patient_id": list("abcd"), "label": [0, 1, 0, 1],
+        ...                       "probability": [0.1, 0.9, 0.2, 0.8]})
+        >>> print(bootstrap_auroc([table]))
+        +1.000 (+1.000 to +1.000)
+    """
+    patients, rows_of = np.unique(tables[0]["patient_id"], return_inverse=True)
+    areas = [_WeightedAUROC(table) for table in tables]
+    count = len(patients)
+
+    def mean(drawn: np.ndarray) -> float:
+        weight = np.bincount(drawn, minlength=count)[rows_of]
+        known = [area for area in (area(weight) for area in areas) if area == area]
+        return float(np.mean(known)) if known else math.nan
+
+    draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    ends = np.nanpercentile([mean(drawn) for drawn in draws], AUROC_PERCENTILES)
+    return Interval(mean(np.arange(count)), *map(float, ends))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
