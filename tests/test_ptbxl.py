@@ -23,6 +23,7 @@ from pyhealth.datasets.ptbxl import PTBXLDataset, parse_scp_codes, statement_nam
 from pyhealth.processors.ecg_processor import ECGProcessor
 from pyhealth.processors.ecg_record_processor import STANDARD_LEADS
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
+from pyhealth.tasks.record_filter import QUALITY_FLAGS
 
 # The columns of ptbxl_database.csv, versions 1.0.1 to 1.0.3.
 COLUMNS = [
@@ -80,6 +81,29 @@ LIKELIHOODS = {
 AT_0 = {1: "norm", 2: "mi", 3: "", 4: "mi sttc", 5: "cd hyp", 6: "norm"}
 AT_0 |= {7: "mi sttc cd hyp", 8: ""}
 AT_50 = {1: "norm", 2: "", 3: "", 4: "mi sttc", 5: "hyp", 6: "norm", 7: "mi cd", 8: ""}
+# ... the names that the dataset lists: superclasses, subclasses, forms, rhythms, and
+# the codes without a statement, ...
+LISTED = {
+    1: ("NORM=100.0", "NORM=100.0", "", "SR=0.0", ""),
+    2: ("MI=0.0", "IMI=0.0", "", "", ""),
+    3: ("", "", "QWAVE=0.0", "SR=0.0", ""),
+    4: ("MI=80.0 STTC=50.0", "AMI=80.0 IMI=35.0 STTC=50.0", "NDT=50.0", "SR=0.0", ""),
+    5: ("CD=49.0 HYP=100.0", "CLBBB=49.0 LVH=100.0", "", "", ""),
+    6: ("NORM=80.0", "NORM=80.0", "", "", "OTHER"),
+    7: (
+        "HYP=15.0 CD=100.0 STTC=0.0 MI=50.0",
+        "LVH=15.0 CLBBB=100.0 STTC=0.0 IMI=0.0 AMI=50.0",
+        *("NDT=0.0", "", ""),
+    ),
+    8: ("", "", "", "", ""),
+}
+LISTED_AT_50 = LISTED | {
+    2: ("", "", "", "", ""),
+    4: ("MI=80.0 STTC=50.0", "AMI=80.0 STTC=50.0", "NDT=50.0", "SR=0.0", ""),
+    5: ("HYP=100.0", "LVH=100.0", "", "", ""),
+    7: ("CD=100.0 MI=50.0", "CLBBB=100.0 AMI=50.0", "NDT=0.0", "", ""),
+}
+LISTS = ["superclasses", "subclasses", "forms", "rhythms", "unknown_codes"]
 # ... its patient, time, age, whether that is censored, sex, fold, seen by a human.
 EXPECTED = {
     1: ("15709", datetime(1984, 11, 9, 9, 17, 34), 56.0, False, 1, 3, True),
@@ -103,6 +127,8 @@ TYPES = {
     "scp_codes": str,
     **dict.fromkeys(NAMES, int),
     **{f"{name}_likelihood": float for name in NAMES},
+    "unknown_codes": str,
+    **dict.fromkeys([*LISTS[:4], *QUALITY_FLAGS], str),
 }
 
 
@@ -137,6 +163,8 @@ def attributes(ecg_id, root, superclasses):
     """The expected attributes of a record at 100 Hz."""
     _, _, age, censored, sex, fold, human = EXPECTED[ecg_id]
     present, likelihoods = superclasses[ecg_id].split(), LIKELIHOODS[ecg_id]
+    texts = (LISTED_AT_50 if superclasses is AT_50 else LISTED)[ecg_id]
+    listed = zip(LISTS, texts, strict=True)
     return {
         "ecg_id": ecg_id,
         "record_path": f"{root}/records100/00000/{ecg_id:05d}_lr",
@@ -149,6 +177,9 @@ def attributes(ecg_id, root, superclasses):
         "scp_codes": next(str(row[5]) for row in ROWS if row[0] == ecg_id),
         **{name: int(name in present) for name in NAMES},
         **{f"{name}_likelihood": likelihoods.get(name) for name in NAMES},
+        **{name: text.replace(" ", "|") for name, text in listed},
+        **dict.fromkeys(QUALITY_FLAGS),
+        "baseline_drift": " , I-V1,  ",
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 from abc import abstractmethod
 
 import polars as pl
@@ -11,7 +13,7 @@ from ..processors.base_processor import FeatureProcessor
 from ..tasks import BaseTask
 from ..tasks.ecg_task import ECGTask
 from .base_dataset import BaseDataset
-from .ecg_samples import ECGSamples
+from .ecg_samples import CacheError, ECGSamples
 from .ptbxl_splits import RecordSplit
 from .sample_dataset import SampleDataset
 from .splitter import Split
@@ -71,6 +73,7 @@ class ECGDataset(BaseDataset):
 
         Raises:
             ValueError: if a record cannot be used, or a part has no record.
+            CacheError: if what was prepared before cannot be read.
         """
         task = self.default_task if task is None else task
         self.skipped_records = []
@@ -80,7 +83,7 @@ class ECGDataset(BaseDataset):
             return super().set_task(
                 task, num_workers, input_processors, output_processors, split
             )
-        records = super().set_task(task.records_task(), num_workers)
+        records = self._prepared(task, num_workers)
         table = self.records(task)
         self.skipped_records = [
             ecg_id
@@ -130,12 +133,22 @@ class ECGDataset(BaseDataset):
             table = table.filter(task.record_expression()).with_columns(
                 task.label_expression().alias("label")
             )
-        return (
+        table = (
             table.drop("event_type")
             .rename(lambda name: name.removeprefix(f"{self.event_type}/"))
             .sort("ecg_id")
-            .collect()
         )
+        try:
+            return table.collect()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise CacheError(str(self.cache_dir), str(error)) from error
+
+    def _prepared(self, task: ECGTask, num_workers: int | None) -> SampleDataset:
+        """Return every record, read now or before."""
+        try:
+            return super().set_task(task.records_task(), num_workers)
+        except (json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
+            raise CacheError(str(self.cache_dir), str(error)) from error
 
     def _check_parts(
         self, parts: tuple[SampleDataset, ...], split: RecordSplit

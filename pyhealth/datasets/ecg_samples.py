@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,34 @@ from ..tasks.ecg_task import ECGTask
 from .sample_dataset import SampleBuilder, SampleDataset
 from .splitter import Split
 
-__all__ = ["ECGSamples"]
+__all__ = ["CacheError", "ECGSamples"]
 
 logger = logging.getLogger(__name__)
 
 type Sample = dict[str, str | int | torch.Tensor]
 #: 0 or 1, or the names of several labels.
 type Label = int | list[str]
+
+
+class CacheError(OSError):
+    """Prepared data that cannot be read.
+
+    Examples:
+        >>> "Delete this folder" in str(CacheError("cache/1", "no such chunk"))
+        True
+    """
+
+    def __init__(self, folder: str, problem: str) -> None:
+        super().__init__(folder, problem)
+
+    def __str__(self) -> str:
+        """Return folder, problem and remedy."""
+        folder, problem = self.args
+        first_line = next(iter(problem.splitlines()), "no reason given")
+        return (
+            f"The prepared data in {folder} cannot be read ({first_line}). Delete this "
+            "folder; the next run prepares them again."
+        )
 
 
 class ECGSamples(SampleDataset):
@@ -103,7 +125,9 @@ class ECGSamples(SampleDataset):
         builder = SampleBuilder(
             task.input_schema, task.output_schema, input_processors, output_processors
         )
-        builder.fit(_facts(records, used, task, label_of), split)
+        facts = _facts(records, used, task, label_of)
+        _check_classes(facts, split, task)
+        builder.fit(facts, split)
         _check_processor(builder.input_processors["ecg"], task)
         whole = cls(
             records.path,
@@ -148,7 +172,7 @@ class ECGSamples(SampleDataset):
 
     def __getitem__(self, index: int) -> Sample:
         """Return one sample."""
-        record = super().__getitem__(index)
+        record = self._record(index)
         label = self.label_of[record["ecg_id"]]
         return {
             "patient_id": record["patient_id"],
@@ -188,10 +212,35 @@ class ECGSamples(SampleDataset):
 
     def record(self, index: int) -> torch.Tensor:
         """Return a whole record (leads, samples) in millivolt."""
-        return super().__getitem__(index)["ecg"]
+        return self._record(index)["ecg"]
+
+    def _record(self, index: int) -> Sample:
+        with _cache_errors(self.path):
+            return super().__getitem__(index)
 
     def close(self) -> None:
         """Do nothing: the records on disk are not this dataset's alone."""
+
+
+def _check_classes(
+    facts: Sequence[Mapping], split: Split | None, task: ECGTask
+) -> None:
+    """Raise if there is nothing to tell apart."""
+    if task.output_schema["label"] != "binary":
+        return
+    training = range(len(facts))
+    if split is not None:
+        indices: dict[str, list[int]] = {}
+        for index, fact in enumerate(facts):
+            indices.setdefault(fact["patient_id"], []).append(index)
+        training = split.split_indices(indices)[0]
+    found = {facts[index]["label"] for index in training}
+    if len(found) < 2:
+        raise ValueError(
+            f"All {len(training)} records of the training part have the label "
+            f"{', '.join(map(str, found)) or 'none'} for {task.task_label}. Take more "
+            "records, another label or another split."
+        )
 
 
 def _check_processor(processor: FeatureProcessor, task: ECGTask) -> None:
@@ -252,12 +301,24 @@ def _facts(
 def _moments(records: SampleDataset) -> list[Moments]:
     """Return every record's moments; computed once, kept beside the records."""
     path = Path(records.path) / "moments.npy"
-    if not path.exists():
-        found = [Moments.of(record["ecg"].numpy()) for record in records]
-        half_made = path.with_name(f"{os.getpid()}.{path.name}")
-        np.save(half_made, np.array(found))
-        half_made.replace(path)  # whole or not at all, whoever else makes it now
-    return [Moments(*row) for row in np.load(path).tolist()]
+    with _cache_errors(records.path):
+        if not path.exists():
+            found = [Moments.of(record["ecg"].numpy()) for record in records]
+            half_made = path.with_name(f"{os.getpid()}.{path.name}")
+            np.save(half_made, np.array(found))
+            half_made.replace(path)  # whole or not at all, whoever else makes it now
+        return [Moments(*row) for row in np.load(path).tolist()]
+
+
+@contextmanager
+def _cache_errors(folder: str) -> Iterator[None]:
+    """Name the folder where anything goes wrong in reading it."""
+    try:
+        yield
+    except IndexError:  # the caller's
+        raise
+    except Exception as error:  # whatever a damaged chunk makes of its reader
+        raise CacheError(str(folder), str(error)) from error
 
 
 def _in_order(index_of: Mapping[str, Sequence[int]]) -> list[str]:

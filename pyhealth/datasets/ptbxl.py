@@ -5,19 +5,23 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import narwhals as nw
 import pandas as pd
+import polars as pl
 
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
 from pyhealth.tasks.record_filter import QUALITY_FLAGS
 
+from ..tasks import BaseTask
 from .ecg_dataset import ECGDataset
 from .ptbxl_download import BASE_URL, PATH_COLUMNS, download
 from .ptbxl_splits import CohortSplit, StratFoldSplit
+from .ptbxl_table import check_table
 from .ptbxl_verify import VerifyReport, verify
 
 __all__ = [
@@ -27,6 +31,8 @@ __all__ = [
     "parse_scp_codes",
     "statement_names",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: In PTB-XL an age of 300 stands for 90 years or more.
 CENSORED_AGE = 300
@@ -85,6 +91,8 @@ class PTBXLDataset(ECGDataset):
     """
 
     event_type = "ptbxl"
+    #: Whether the codes without a statement were told.
+    _unknown_told = False
 
     def __init__(
         self,
@@ -108,6 +116,7 @@ class PTBXLDataset(ECGDataset):
             )
         folder = Path(root).expanduser().resolve()
         _check_files(folder, sampling_rate)
+        check_table(folder / "ptbxl_database.csv", PATH_COLUMNS[sampling_rate])
         self.sampling_rate = sampling_rate
         self.min_likelihood = float(min_likelihood)
         self.skipped_records = []
@@ -201,6 +210,31 @@ class PTBXLDataset(ECGDataset):
                 f"test part is fold {max(folds)}."
             )
         return StratFoldSplit()
+
+    def records(self, task: BaseTask | None = None) -> pl.DataFrame:
+        """Return the table of records, one row each, sorted by ecg_id.
+
+        Codes that are not among the statements mean nothing to any task; they are
+        named once.
+
+        Args:
+            task: if given and a task with labels, their column "label" is added, and
+                records that it does not use are left out.
+
+        Returns:
+            Columns patient_id, timestamp and the event attributes.
+        """
+        table = super().records(task)
+        listed = table["unknown_codes"].drop_nulls().str.split("|").explode()
+        counts = listed.filter(listed != "").value_counts(sort=True)
+        if len(counts) and not self._unknown_told:
+            self._unknown_told = True
+            shown = [f"{code} ({n} records)" for code, n in counts.iter_rows()]
+            logger.warning(
+                "scp_statements.csv does not have the codes %s; they are ignored.",
+                ", ".join(shown),
+            )
+        return table
 
     def preprocess_ptbxl(self, table: nw.LazyFrame) -> nw.LazyFrame:
         """Add the columns that the published table does not have.
@@ -367,6 +401,11 @@ def _describe(
         _codes(ecg_id, text)
         for ecg_id, text in zip(result["ecg_id"], result["scp_codes"], strict=True)
     ]
+    known = set().union(*names_of.values())
+    unknown = [
+        "|".join(code for code in of_row if code not in known) for of_row in codes
+    ]
+    result["unknown_codes"] = pd.array(unknown, dtype="string")
     for group, name_of in names_of.items():
         # Forms and rhythms have no likelihood: theirs is 0 throughout.
         limit = min_likelihood if group in ("superclasses", "subclasses") else 0

@@ -42,6 +42,9 @@ STANDARD_LEADS = (
     "V6",
 )
 MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "v": 1e3}
+#: No lead on the skin varies by so many millivolt; with a gain that is wrong by 1000
+#: it would.
+LARGEST_DEVIATION = 100.0
 
 
 class RecordError(ValueError):
@@ -141,6 +144,7 @@ class ECGRecordProcessor(FeatureProcessor):
         record = _read_wfdb(path)
         signal = self._pick(path, record)
         signal = _fill_missing(path, signal)
+        _check_range(path, signal)
         ratio = Fraction(self.sampling_rate / record.fs).limit_denominator(1000)
         if ratio != 1:
             # "line" takes the offset and trend away before the filter, whose edges
@@ -196,7 +200,9 @@ class ECGRecordProcessor(FeatureProcessor):
 def _read_wfdb(path: str) -> wfdb.Record:
     remedy = "Fetch .hea and .dat again, or pass on_error='skip' to the task."
     try:
-        record = wfdb.rdrecord(path)
+        record = wfdb.rdrecord(path, physical=False)
+        wrong = _disagreeing_leads(record)
+        record.dac(inplace=True)
     except FileNotFoundError as error:
         name = Path(error.filename or path).name
         raise MissingRecordError(
@@ -207,11 +213,33 @@ def _read_wfdb(path: str) -> wfdb.Record:
         raise RecordError(path, problem) from error
     if record.p_signal is None or not record.p_signal.size:
         raise RecordError(path, "holds no samples. Fetch the record again.")
+    if wrong:
+        raise RecordError(
+            path,
+            f"the samples of lead {', '.join(wrong)} disagree with the header's "
+            f"checksum. {remedy}",
+        )
     if not record.fs > 0 or None in record.sig_name:
         raise RecordError(
             path, f"the header lacks the sampling rate or a lead's name. {remedy}"
         )
     return record
+
+
+def _disagreeing_leads(record: wfdb.Record) -> list[str]:
+    """Return the leads whose samples do not add up to the header's checksum.
+
+    Source:
+        WFDB header format, field "checksum": the sum of the samples in 16 bits. A
+        checksum of 0 is what programs write that do not compute any.
+    """
+    stored = record.checksum or []
+    own = record.calc_checksum() if any(stored) else []
+    return [
+        name
+        for name, found, said in zip(record.sig_name, own, stored, strict=False)
+        if said and (found - said) % 65536
+    ]
 
 
 def _millivolts(path: str, unit: str) -> float:
@@ -220,6 +248,16 @@ def _millivolts(path: str, unit: str) -> float:
             path, f"unit {unit!r}, expected mV, uV or V. Mend the header's gain field."
         )
     return MILLIVOLTS[unit.lower()]
+
+
+def _check_range(path: str, signal: np.ndarray) -> None:
+    largest = signal.std(axis=1).max()
+    if largest > LARGEST_DEVIATION:
+        raise RecordError(
+            path,
+            f"a lead varies by {largest:.0f} mV, which no ECG does. Mend gain or unit "
+            "in the header.",
+        )
 
 
 def _fill_missing(path: str, signal: np.ndarray) -> np.ndarray:
