@@ -1,0 +1,91 @@
+"""docs/results.md quotes the stored studies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pyhealth.bilevel.study.results import document
+from pyhealth.bilevel.study.statistics import holm, over_seeds
+
+DOCS = Path(__file__).parents[1] / "docs"
+STUDIES = ["ptbxl", "synthetic"]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(DOCS.parent / "benchmarks"), *sys.path])
+
+
+KEYS = ["task", "n_records", "configuration", "budget"]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_tables_are_those_of_the_stored_comparison(study):
+    from results_document import controls
+
+    folder, text = DOCS / "results" / study, (DOCS / "results.md").read_text()
+    assert document(pd.read_csv(folder / "comparison.csv")) in text
+    assert controls(pd.read_csv(folder / "runs.csv")) in text
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_stored_comparison_is_that_of_the_stored_runs(study):
+    folder = DOCS / "results" / study
+    runs = pd.read_csv(folder / "runs.csv")
+    compared = pd.read_csv(folder / "comparison.csv").set_index(KEYS)
+    assert len(compared) == runs.groupby(KEYS).ngroups
+    for (task, size), part in runs.groupby(["task", "n_records"]):
+        areas = part.set_index(["configuration", "budget", "seed"])["roc_auc"]
+        p_values = {}
+        for key in part.groupby(["configuration", "budget"]).groups:
+            row = compared.loc[(task, size, *key)]
+            assert row["roc_auc"] == pytest.approx(areas[key].mean())
+            if key == ("A", "steps"):
+                assert row["verdict"] == "the reference"
+                continue
+            interval, p_value = over_seeds(
+                (areas[key] - areas["A", "steps"]).dropna().to_numpy()
+            )
+            assert row["difference"] == pytest.approx(interval.mean)
+            assert row["seeds_low"] == pytest.approx(interval.low)
+            p_values[key] = p_value
+        for key, p_value in holm(p_values).items():
+            found = compared.loc[(task, size, *key)]["p_holm"]
+            assert found == pytest.approx(p_value)
+
+
+def test_five_seeds_of_six_configurations_were_run():
+    runs = pd.read_csv(DOCS / "results" / "ptbxl" / "runs.csv")
+    largest = runs[(runs["n_records"] == 500) & (runs["budget"] == "steps")]
+    seeds = largest.groupby(["task", "configuration"])["seed"].nunique()
+    for letter in ("A", "A+", "D", "E", "F", "S"):
+        assert seeds["MI", letter] == 5
+    assert {"MI", "STTC", "HYP"} <= set(runs["task"])
+    assert 500 in set(runs["n_records"])
+    assert not runs.duplicated([*KEYS, "seed"]).any()
+
+
+def test_the_document_says_what_the_intervals_carry():
+    folder = DOCS / "results" / "ptbxl"
+    compared = pd.read_csv(folder / "comparison.csv").set_index(KEYS)
+    of_mi = compared.loc["MI", 500]
+    assert of_mi.loc[("D", "steps"), "verdict"] == "helps"
+    assert of_mi.loc[("S", "steps"), "verdict"] == "helps"
+    for key in (("A", "seconds"), ("A+", "steps"), ("A+", "seconds")):
+        assert of_mi.loc[key, "verdict"] == "no difference shown at 5 seeds"
+    tau = (
+        compared["agreement"].xs("steps", level="budget").xs("D", level="configuration")
+    )
+    assert abs(tau["MI", 500]) < 0.1 < 0.5 < tau["HYP", 500]
+    leak = of_mi["leak_auroc"].xs("steps", level="budget")
+    assert leak["E"] > leak["D"] > leak["F"] and abs(leak["F"] - 0.5) < 0.03
+    areas = pd.read_csv(folder / "runs.csv").query("budget == 'steps'")
+    for _, part in areas.groupby(["task", "n_records"]):
+        area = part.pivot(index="seed", columns="configuration", values="roc_auc")
+        for control in {"S", "E"} & set(area.columns):
+            interval, _ = over_seeds((area["D"] - area[control]).dropna())
+            assert interval.low < 0 < interval.high
