@@ -154,10 +154,11 @@ def _cells(row: pd.Series) -> dict:
             return {"text": ends, "value": low}
         return cell(row["difference"], "+.3f", f" ({ends})")
 
-    budget = ", as long as D" if row["budget"] == "seconds" else ""
+    budget = "as long as D" if row["budget"] == "seconds" else ""
     return {
         "letter": row["configuration"],
-        "title": row["title"] + budget,
+        "budget": budget,
+        "title": row["title"] + (f", {budget}" if budget else ""),
         "verdict": row["verdict"],
         "cells": [
             cell(row["seeds"], ".0f"),
