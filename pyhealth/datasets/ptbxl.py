@@ -317,8 +317,13 @@ def statement_names(path: str | Path) -> dict[str, dict[str, str]]:
         >>> names["subclasses"], names["rhythms"]
         ({'ASMI': 'AMI'}, {'SR': 'SR'})
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} cannot be read as a table in UTF-8 ({error}). Fetch it again."
+        ) from error
     needed = ["", "diagnostic", "form", "rhythm"]
     needed += ["diagnostic_class", "diagnostic_subclass"]
     if not rows or not set(needed) <= set(rows[0]):
