@@ -43,7 +43,9 @@ def controls(runs: pd.DataFrame) -> str:
                     str(len(paired)),
                 ]
                 rows.append([*cells, str(interval), f"{p_value:.3f}"])
-    return markdown(["task", "records", "difference", "seeds", "AUROC", "p"], rows)
+    return markdown(
+        ["task", "records", "difference", "seeds", "AUROC", "p, uncorrected"], rows
+    )
 
 
 def main() -> None:

@@ -273,6 +273,10 @@ def test_the_papers_protocol_draws_records(script, dataset):
         ["--synthetic", "--n_records=150", "--protocol=paper", "--length=200"]
     )
     data = script.prepare_data(arguments, dataset, "MI", 150, seed=0)
+    assert "n_records=150" in data.description["split"]
+    assert "protocol='paper'" in data.description["split"]
+    with pytest.raises(ValueError, match="draws a cohort; give n_records"):
+        prepare(dataset, data.task, None, protocol="paper")
     assert (len(data.train), len(data.val)) == (120, 30)
     assert set(data.train.patient_ids) & set(data.val.patient_ids)
     assert not set(data.test.patient_ids) & set(data.train.patient_ids)

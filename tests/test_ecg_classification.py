@@ -580,6 +580,17 @@ def test_a_part_that_skipping_has_emptied_is_an_error(breakable):
     assert str(lost) in str(caught.value)
 
 
+@pytest.mark.parametrize("protocol", ["patient", "paper"])
+def test_a_part_of_a_cohort_that_skipping_has_emptied_is_one_too(breakable, protocol):
+    dataset, records = breakable
+    rule = CohortSplit(9, protocol=protocol)
+    _, val, _ = dataset.set_task(ECGBinaryClassification(**SHORT), split=rule)
+    for path in records.filter(pl.col("ecg_id").is_in(val.ecg_ids))["record_path"]:
+        Path(f"{path}.dat").unlink()
+    with pytest.raises(ValueError, match=r"left in part 1 of the split"):
+        dataset.set_task(ECGBinaryClassification(**SKIP), split=rule)
+
+
 def test_a_skipped_record_counts_in_the_n_of_a_cohort(breakable):
     dataset, records = breakable
     whole = dataset.set_task(ECGBinaryClassification(**SHORT), split=CohortSplit(9))

@@ -6,6 +6,7 @@ docs/faults.md lists them; faults that other tests make are not made here again.
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import wfdb
@@ -164,6 +166,21 @@ def test_a_label_that_nobody_has_is_named(root):
         prepared(root)
 
 
+def test_one_class_can_be_evaluated_with_processors_of_others(root, small, tmp_path):
+    train, *_ = prepared(Path(shutil.copytree(small, tmp_path / "other" / "data")))
+    table = read(root)
+    table["scp_codes"] = "{'NORM': 100.0}"
+    table.to_csv(root / TABLE, index=False)
+    task = ECGBinaryClassification("MI", sampling_rate=100, length=200)
+    samples = opened(root).set_task(
+        task,
+        input_processors=train.input_processors,
+        output_processors=train.output_processors,
+    )
+    assert set(samples.labels) == {0}
+    assert samples[0]["label"].item() == 0
+
+
 def test_a_linked_folder_of_records_is_followed(root, tmp_path):
     """Records on another disk: a link that the user made, unlike a path in a table."""
     elsewhere = (root / "records100").rename(tmp_path / "elsewhere")
@@ -203,12 +220,57 @@ def test_a_header_without_checksums_is_believed(root):
     assert ECGRecordProcessor(100).process(path).equal(before)
 
 
-@pytest.mark.parametrize(("old", "new"), [("/mV", "/V"), ("1000.0(0)/mV", "1(0)/mV")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("/mV", "/V"),
+        ("1000.0(0)/mV", "1(0)/mV"),
+        ("/mV", "/uV"),
+        ("1000.0(0)/mV", "1000000.0(0)/mV"),
+    ],
+)
 def test_a_gain_that_is_wrong_by_1000_is_found(root, old, new):
     path = record_of(root)
     rewritten(path, old, new)
-    with pytest.raises(RecordError, match=r"varies by \d+ mV, .*Mend gain or unit"):
+    with pytest.raises(RecordError, match=r"no ECG has\. Mend gain or unit"):
         ECGRecordProcessor(100).process(path)
+
+
+@pytest.fixture
+def two_gains(tmp_path):
+    """Half a second at gain 1000 and half a second at gain 500, and the signal."""
+    signal = np.random.default_rng(0).normal(size=(100, 2)).round(2)
+    for name, gain, part in (("a", 1000.0, signal[:50]), ("b", 500.0, signal[50:])):
+        wfdb.wrsamp(
+            name,
+            fs=100,
+            units=["mV"] * 2,
+            sig_name=["I", "II"],
+            p_signal=part,
+            fmt=["16"] * 2,
+            adc_gain=[gain] * 2,
+            baseline=[0] * 2,
+            write_dir=str(tmp_path),
+        )
+    (tmp_path / "both.hea").write_text("both/2 2 100 100\na 50\nb 50\n")
+    return tmp_path, signal
+
+
+def test_segments_keep_their_own_gains(two_gains):
+    folder, signal = two_gains
+    signals = ECGRecordProcessor(100, ["I", "II"]).read(folder / "both")
+    np.testing.assert_allclose(signals, signal.T, atol=2e-3)
+
+
+def test_several_samples_a_frame_are_no_damage(two_gains):
+    folder, _ = two_gains
+    lines = (folder / "a.hea").read_text().splitlines()
+    lines[0] = "a 1 100 50"
+    lines[1] = lines[1].replace(" 16 ", " 16x2 ", 1)
+    (folder / "a.hea").write_text("\n".join(lines[:2]) + "\n")
+    signals = ECGRecordProcessor(100, ["I"]).read(folder / "a")
+    expected = wfdb.rdrecord(str(folder / "a")).p_signal.T
+    np.testing.assert_array_equal(signals, expected)
 
 
 # The cache --------------------------------------------------------------------------
@@ -248,6 +310,20 @@ def test_a_damaged_cache_is_named_and_made_again(root, fault):
     shutil.rmtree(folder)
     train, *_ = prepared(root, normalize="dataset")
     assert train[0]["ecg"].equal(before)
+
+
+def test_a_disk_that_fills_up_is_not_called_damage(root, monkeypatch):
+    prepared(root)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            prepared(root, normalize="dataset")
+    assert not isinstance(caught.value, CacheError)
+    assert len(prepared(root, normalize="dataset")[0]) == 32
 
 
 # The machine ------------------------------------------------------------------------

@@ -57,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "silent":
             server.stopped.wait(5)
-        if isinstance(fault, int):
+        if isinstance(fault, bytes):
+            self.answer(200, fault)
+        elif isinstance(fault, int):
             self.answer(fault, b"", {"Retry-After": "0"})
         elif fault == "truncate":
             self.answer(200, body[:100], {}, len(body))
@@ -136,7 +138,13 @@ def test_a_whole_folder_is_verified_and_nothing_is_asked_for(
 ):
     root = Path(shutil.copytree(published, tmp_path / "data"))
     fetch(server, root)
-    assert not server.asked
+    assert set(server.asked) == {"SHA256SUMS.txt"}
+    server.shutdown()  # nor is a network needed
+    server.server_close()
+    fetch(server, root)
+    (root / VICTIM).unlink()
+    with pytest.raises(OSError, match=rf"1 of \d+ files could not be had.*{VICTIM}"):
+        fetch(server, root)
 
 
 def test_only_what_is_missing_or_changed_is_fetched(server, published, tmp_path):
@@ -145,7 +153,10 @@ def test_only_what_is_missing_or_changed_is_fetched(server, published, tmp_path)
     header = root / VICTIM.replace(".dat", ".hea")
     header.write_text("changed")
     fetch(server, root)
-    assert set(server.asked) == {VICTIM, VICTIM.replace(".dat", ".hea")}
+    assert set(server.asked) - {"SHA256SUMS.txt"} == {
+        VICTIM,
+        VICTIM.replace(".dat", ".hea"),
+    }
     assert files_of(root) == files_of(published)
 
 
@@ -203,7 +214,7 @@ def test_a_server_that_is_gone_is_not_asked_for_everything(
     server.faults = {"*": (10**6, 404)}
     with pytest.raises(OSError, match="404 Not Found"):
         fetch(server, tmp_path, workers=1)
-    assert len(server.asked) <= 3
+    assert len(server.asked) <= 4
 
 
 def test_a_cohort_and_a_rate_alone_can_be_had(server, published, tmp_path):
@@ -235,7 +246,7 @@ def test_a_killed_download_goes_on(server, published, tmp_path):
     asked = server.asked.copy()
     fetch(server, tmp_path)
     again = [name for name in there if server.asked[name] > asked[name]]
-    assert again == []
+    assert again == ["SHA256SUMS.txt"]
     assert files_of(tmp_path).items() >= files_of(published).items()
 
 
@@ -277,14 +288,27 @@ def test_the_room_that_all_of_it_takes():
     ],
 )
 def test_a_list_that_is_none_is_refused(server, tmp_path, line, words):
-    (tmp_path / "SHA256SUMS.txt").write_text(line)
+    server.faults = {"SHA256SUMS.txt": (10**6, line.encode())}
     with pytest.raises(ValueError, match=words) as caught:
         fetch(server, tmp_path)
-    assert "Delete" in str(caught.value)
+    assert "Fetch it again" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_version_takes_the_place_of_the_one_that_is_there(
+    server, published, tmp_path
+):
+    root = Path(shutil.copytree(published, tmp_path / "data"))
+    table = root / "ptbxl_database.csv"
+    table.write_text("of an older version")
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    (root / "SHA256SUMS.txt").write_text(f"{digest} ptbxl_database.csv\n")
+    fetch(server, root)
+    assert files_of(root) == files_of(published)
 
 
 def test_files_without_a_hash_are_refused(server, tmp_path):
-    (tmp_path / "SHA256SUMS.txt").write_text(f"{'0' * 64} a.csv\n")
+    server.faults = {"SHA256SUMS.txt": (10**6, f"{'0' * 64} a.csv\n".encode())}
     with pytest.raises(OSError, match=r"does not list ptbxl_database\.csv, scp_"):
         fetch(server, tmp_path)
 
@@ -322,6 +346,22 @@ def test_a_report_names_what_is_wrong(published, tmp_path):
     assert report.unlisted == ["notes.txt"]
     for words in (VICTIM, "2 changed", "lead I disagrees", "download"):
         assert words in str(report)
+
+
+def test_linked_folders_are_verified_and_headers_without_checksums_are_told(
+    published, tmp_path
+):
+    root = Path(shutil.copytree(published, tmp_path / "data"))
+    elsewhere = (root / "records100").rename(tmp_path / "elsewhere")
+    (root / "records100").symlink_to(elsewhere)
+    header = root / VICTIM.replace(".dat", ".hea")
+    lines = header.read_text().splitlines()
+    short = [" ".join(line.split()[:5]) for line in lines[1:]]  # up to the resolution
+    header.write_text("\n".join([lines[0], *short]) + "\n")
+    report = PTBXLDataset.verify(root)
+    assert report.changed == [VICTIM.replace(".dat", ".hea")]
+    assert not report.absent
+    assert "sampling_rates=[100]" in str(report)
 
 
 def test_a_folder_without_hashes_cannot_be_verified(tmp_path):

@@ -352,6 +352,23 @@ def test_a_cohort_with_nobody_to_validate_on_is_refused(arguments):
         CohortSplit(**arguments).bind(TABLE)
 
 
+def test_many_strata_are_validated_on_too():
+    """Twenty labels, the rarest with a hundredth of the commonest's records."""
+    names = [f"L{k:02d}" for k in range(20)]
+    weights = np.geomspace(1, 0.01, 20)
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(20, p=weights / weights.sum(), size=6000)
+    table = TABLE.sample(6000, with_replacement=True, seed=0).with_columns(
+        pl.Series("label", [[names[k]] for k in drawn]),
+        pl.Series("patient_id", [f"p{k}" for k in range(6000)]),
+    )
+    for size in (100, 250, 1000):
+        _, val, _ = split(CohortSplit(size), table)
+        assert len(val) / size == pytest.approx(0.2, abs=0.04)
+        labels = {table["label"][index][0] for index in val}
+        assert len(labels) >= {100: 9, 250: 13, 1000: 17}[size]
+
+
 # The authors' protocol ---------------------------------------------------------------
 
 

@@ -842,6 +842,8 @@ def test_a_model_without_a_policy_is_refused(train_set):
         ({"warmup_epochs": 1}, r"warmup_epochs=1 of epochs=1: .*never move"),
         ({"warmup_epochs": -1}, r"from 0 to epochs - 1"),
         ({"patience": 0}, "patience must be 1 or more epochs.* got 0"),
+        ({"max_seconds": 0}, "max_seconds must be positive, got 0"),
+        ({"max_seconds": float("nan")}, "max_seconds must be positive, got nan"),
         ({"neumann_terms": 3}, r"'alignment' ignores neumann_terms=3; .*'neumann'"),
         ({"alignment_records": 0}, "alignment_records must be 1 or more, got 0"),
         (

@@ -267,6 +267,8 @@ class BiLevelTrainer(Trainer):
             checkpoint_every=1 if checkpoint_every is None else checkpoint_every,
             max_bad_steps=max_bad_steps,
         )
+        if max_seconds is not None and not max_seconds > 0:  # nan would never end
+            raise ValueError(f"max_seconds must be positive, got {max_seconds}.")
         if policy_dataloader is None:
             policy_dataloader = val_dataloader
         learns = hypergradient is not None and self.policy.num_stages > 0

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -90,7 +91,9 @@ class ECGDataset(BaseDataset):
             for ecg_id in table["ecg_id"]
             if str(ecg_id) not in records.record_to_index
         ]
+        filled = set()
         if isinstance(split, RecordSplit):
+            filled = split.filled()
             split = split.bind(table, self.skipped_records)
         parts = ECGSamples.of_task(
             records,
@@ -100,8 +103,7 @@ class ECGDataset(BaseDataset):
             input_processors,
             output_processors,
         )
-        if isinstance(split, RecordSplit):
-            self._check_parts(parts, split)
+        self._check_parts(parts, filled)
         if self.skipped_records:
             logger.warning(
                 "%d records were skipped as unreadable; ecg_id %s",
@@ -140,7 +142,7 @@ class ECGDataset(BaseDataset):
         )
         try:
             return table.collect()
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except (pl.exceptions.PolarsError, FileNotFoundError) as error:
             raise CacheError(str(self.cache_dir), str(error)) from error
 
     def _prepared(self, task: ECGTask, num_workers: int | None) -> SampleDataset:
@@ -150,11 +152,9 @@ class ECGDataset(BaseDataset):
         except (json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
             raise CacheError(str(self.cache_dir), str(error)) from error
 
-    def _check_parts(
-        self, parts: tuple[SampleDataset, ...], split: RecordSplit
-    ) -> None:
+    def _check_parts(self, parts: Sequence[SampleDataset], filled: set[int]) -> None:
         """Raise if skipping has emptied a part that the split fills."""
-        for part in split.filled():
+        for part in filled:
             if not len(parts[part]):
                 raise ValueError(
                     f"No readable record is left in part {part} of the split (0 train, "

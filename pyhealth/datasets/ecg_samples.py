@@ -126,7 +126,8 @@ class ECGSamples(SampleDataset):
             task.input_schema, task.output_schema, input_processors, output_processors
         )
         facts = _facts(records, used, task, label_of)
-        _check_classes(facts, split, task)
+        if "label" not in (output_processors or {}):
+            _check_classes(facts, split, task)
         builder.fit(facts, split)
         _check_processor(builder.input_processors["ecg"], task)
         whole = cls(
@@ -301,21 +302,24 @@ def _facts(
 def _moments(records: SampleDataset) -> list[Moments]:
     """Return every record's moments; computed once, kept beside the records."""
     path = Path(records.path) / "moments.npy"
-    with _cache_errors(records.path):
-        if not path.exists():
+    if not path.exists():
+        with _cache_errors(records.path):
             found = [Moments.of(record["ecg"].numpy()) for record in records]
-            half_made = path.with_name(f"{os.getpid()}.{path.name}")
-            np.save(half_made, np.array(found))
-            half_made.replace(path)  # whole or not at all, whoever else makes it now
+        half_made = path.with_name(f"{os.getpid()}.{path.name}")
+        np.save(half_made, np.array(found))
+        half_made.replace(path)  # whole or not at all, whoever else makes it now
+    with _cache_errors(records.path):
         return [Moments(*row) for row in np.load(path).tolist()]
 
 
 @contextmanager
 def _cache_errors(folder: str) -> Iterator[None]:
-    """Name the folder where anything goes wrong in reading it."""
+    """Name the folder where what lies in it cannot be read."""
     try:
         yield
-    except IndexError:  # the caller's
+    except FileNotFoundError as error:
+        raise CacheError(str(folder), str(error)) from error
+    except (IndexError, OSError, MemoryError):  # the caller's, or the machine's
         raise
     except Exception as error:  # whatever a damaged chunk makes of its reader
         raise CacheError(str(folder), str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,7 @@ def download(
     Raises:
         ValueError: if an argument cannot be used, or SHA256SUMS.txt is none.
         OSError: if the disk is too small, or files could not be had; it names them.
+            Without a network a whole corpus is verified by the SHA256SUMS.txt in it.
 
     Examples:
         >>> download("ptbxl", sampling_rates=[100], records=range(1, 101))
@@ -88,8 +90,7 @@ def download(
     root.mkdir(parents=True, exist_ok=True)
     is_new = not (root / SUMS).exists()
     fetcher = _Fetcher(root, base_url.format(version=version), workers)
-    fetcher.fetch([SUMS], {SUMS: None})
-    sums = read_sums(root / SUMS)
+    sums = _fetch_sums(fetcher)
     tables = [name for name in (*TABLES, LICENCE) if name in sums or name in TABLES]
     fetcher.fetch(tables, sums)
     if is_new:
@@ -97,6 +98,26 @@ def download(
     table = pd.read_csv(root / TABLES[0], index_col="ecg_id")
     fetcher.fetch(_record_files(table, sampling_rates, records), sums)
     return root
+
+
+def _fetch_sums(fetcher: _Fetcher) -> dict[str, str]:
+    """Fetch the hashes anew, since nothing says whether those that are there are right.
+
+    They may be another version's.
+    """
+    path = fetcher.root / SUMS
+    with tempfile.TemporaryDirectory(dir=fetcher.root) as folder:
+        fresh = _Fetcher(Path(folder), fetcher.base_url, 1)
+        try:
+            fresh.fetch([SUMS], {SUMS: None})
+        except OSError as error:
+            if not path.exists():
+                raise
+            logger.warning("%s Going on with the one in %s.", error, fetcher.root)
+            return read_sums(path)
+        sums = read_sums(fresh.root / SUMS)
+        (fresh.root / SUMS).replace(path)
+    return sums
 
 
 def read_sums(path: Path) -> dict[str, str]:
@@ -122,11 +143,11 @@ def read_sums(path: Path) -> dict[str, str]:
         if not inside:
             raise ValueError(
                 f"{path}, line {number}: expected a SHA-256 and a path inside the "
-                f"corpus, got {line[:80]!r}. Delete the file to have it fetched again."
+                f"corpus, got {line[:80]!r}. Fetch it again, from PTB-XL's address."
             )
         sums[match[2]] = match[1]
     if not sums:
-        raise ValueError(f"{path} is empty. Delete it to have it fetched again.")
+        raise ValueError(f"{path} is empty. Fetch it again, from PTB-XL's address.")
     return sums
 
 
@@ -174,7 +195,7 @@ class _Fetcher:
 
         Args:
             names: paths below the folder.
-            sums: SHA-256 by path; None for a file without one, which is fetched anew.
+            sums: SHA-256 by path; None for a file without one.
 
         Raises:
             OSError: if the disk is too small, or a file could not be had.

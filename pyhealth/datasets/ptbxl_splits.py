@@ -19,6 +19,8 @@ __all__ = ["CohortSplit", "RecordSplit", "StratFoldSplit"]
 
 FOLDS = range(1, 11)
 PROTOCOLS = ("patient", "paper")
+#: Its multiples, without their whole parts, are spread evenly.
+GOLDEN = (5**0.5 - 1) / 2
 
 #: Part (0, 1, ...) of all samples of a patient, or of each of its records in the order
 #: of the table, None for those of no part.
@@ -295,13 +297,13 @@ class CohortSplit(RecordSplit):
         parts = np.full(len(pool), None)
         order = np.random.default_rng(self.seed).permutation(len(pool))
         for rank, row in enumerate(order[: self.n_records]):
-            parts[row] = self._validates(rank)
+            parts[row] = self._validates(rank, 0.0)
         return _by_patient(pool, parts)
 
-    def _validates(self, rank: int) -> int:
+    def _validates(self, rank: int, offset: float) -> int:
         """Return 1 where a rank validates: of every start the right share, to one."""
-        share = self.val_fraction
-        return int((rank + 1) * share + 1e-9) - int(rank * share + 1e-9)
+        before, after = ((rank + k) * self.val_fraction + offset for k in (0, 1))
+        return int(after + 1e-9) - int(before + 1e-9)
 
     def _ranked(self, pool: pl.DataFrame) -> list[tuple[str, int, int]]:
         """Return (patient, records, part) in an order whose every start is balanced."""
@@ -313,7 +315,9 @@ class CohortSplit(RecordSplit):
         )
         rng = np.random.default_rng(self.seed)
         ranked = []
-        for number in sorted(patients["stratum"].unique()):
+        for place, number in enumerate(sorted(patients["stratum"].unique())):
+            # Else many small strata, each rounded down, would leave few to validate.
+            offset = place // 2 * GOLDEN % 1
             stratum = patients.filter(pl.col("stratum") == number)
             for rank, row in enumerate(rng.permutation(len(stratum))):
                 ranked.append(
@@ -321,7 +325,7 @@ class CohortSplit(RecordSplit):
                         (rank + 0.5) / len(stratum),
                         stratum["patient_id"][int(row)],
                         stratum["count"][int(row)],
-                        self._validates(rank),
+                        self._validates(rank, offset),
                     )
                 )
         return [row[1:] for row in sorted(ranked)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import wfdb
 from tqdm import tqdm
 
+from ..processors.ecg_record_processor import disagreeing_leads
 from .ptbxl_download import SUMS, read_sums
 
 __all__ = ["VerifyReport", "verify"]
@@ -60,7 +62,14 @@ class VerifyReport:
             *(f"{name}: {what}" for name, what in list(self.damaged.items())[:SHOWN]),
         ]
         if not self.ok:
-            lines.append("PTBXLDataset.download(root) fetches the changed files again.")
+            names = [*self.changed, *self.damaged]
+            rates = [
+                rate for rate in (100, 500) if any(f"s{rate}/" in n for n in names)
+            ]
+            lines.append(
+                f"PTBXLDataset.download(root, sampling_rates={rates or [100]}) fetches "
+                "the changed files again."
+            )
         return "\n".join(lines)
 
 
@@ -90,8 +99,11 @@ def verify(root: str | Path, workers: int = 8) -> VerifyReport:
             f"{root / SUMS} is missing; PTBXLDataset.download(root) fetches it."
         )
     sums = read_sums(root / SUMS)
+    # os.walk and not rglob, which does not enter a linked folder of records.
     found = {
-        path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()
+        (Path(folder) / name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
     }
     there = sorted(found & set(sums))
     with ThreadPoolExecutor(workers) as pool:
@@ -131,16 +143,9 @@ def _hash(path: Path) -> str:
 def _problem(record: str) -> str:
     """Return what is wrong with a record's waveform; nothing if all is right."""
     try:
-        read = wfdb.rdrecord(record, physical=False)
+        wrong = disagreeing_leads(wfdb.rdrecord(record, physical=False))
     except Exception as error:  # wfdb raises many kinds; each goes into the report
         return f"cannot be read ({error})"
-    wrong = [
-        name
-        for name, own, stored in zip(
-            read.sig_name, read.calc_checksum(), read.checksum, strict=True
-        )
-        if (own - stored) % 65536
-    ]
     if wrong:
         return f"lead {', '.join(wrong)} disagrees with the header's checksum"
     return ""

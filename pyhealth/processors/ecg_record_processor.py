@@ -21,12 +21,13 @@ __all__ = [
     "ECGRecordProcessor",
     "MissingRecordError",
     "RecordError",
+    "disagreeing_leads",
 ]
 
 logger = logging.getLogger(__name__)
 
 #: Raise with every change of what a record is turned into: it is in the cache key.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 STANDARD_LEADS = (
     "I",
     "II",
@@ -45,6 +46,8 @@ MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "v": 1e3}
 #: No lead on the skin varies by so many millivolt; with a gain that is wrong by 1000
 #: it would.
 LARGEST_DEVIATION = 100.0
+#: And no ECG varies by less than this in every lead.
+SMALLEST_DEVIATION = 1e-3
 
 
 class RecordError(ValueError):
@@ -200,9 +203,7 @@ class ECGRecordProcessor(FeatureProcessor):
 def _read_wfdb(path: str) -> wfdb.Record:
     remedy = "Fetch .hea and .dat again, or pass on_error='skip' to the task."
     try:
-        record = wfdb.rdrecord(path, physical=False)
-        wrong = _disagreeing_leads(record)
-        record.dac(inplace=True)
+        record, wrong = _read_checked(path)
     except FileNotFoundError as error:
         name = Path(error.filename or path).name
         raise MissingRecordError(
@@ -226,12 +227,35 @@ def _read_wfdb(path: str) -> wfdb.Record:
     return record
 
 
-def _disagreeing_leads(record: wfdb.Record) -> list[str]:
+def _read_checked(path: str) -> tuple[wfdb.Record, list[str]]:
+    """Return a record in physical units and the leads that disagree with the header.
+
+    Several segments, each with its own gains, or several samples a frame are for WFDB
+    to join; their checksums are not those of what comes out.
+    """
+    record = wfdb.rdrecord(path, physical=False, m2s=False)
+    if isinstance(record, wfdb.MultiRecord) or set(record.samps_per_frame) != {1}:
+        return wfdb.rdrecord(path), []
+    wrong = disagreeing_leads(record)
+    record.dac(inplace=True)
+    return record, wrong
+
+
+def disagreeing_leads(record: wfdb.Record) -> list[str]:
     """Return the leads whose samples do not add up to the header's checksum.
+
+    Args:
+        record: one segment, digital, one sample a frame.
 
     Source:
         WFDB header format, field "checksum": the sum of the samples in 16 bits. A
         checksum of 0 is what programs write that do not compute any.
+
+    Examples:
+        >>> disagreeing_leads(
+        ...     wfdb.rdrecord("00001_lr", physical=False)
+        ... )  # doctest: +SKIP
+        []
     """
     stored = record.checksum or []
     own = record.calc_checksum() if any(stored) else []
@@ -252,11 +276,11 @@ def _millivolts(path: str, unit: str) -> float:
 
 def _check_range(path: str, signal: np.ndarray) -> None:
     largest = signal.std(axis=1).max()
-    if largest > LARGEST_DEVIATION:
+    if largest > LARGEST_DEVIATION or 0 < largest < SMALLEST_DEVIATION:
         raise RecordError(
             path,
-            f"a lead varies by {largest:.0f} mV, which no ECG does. Mend gain or unit "
-            "in the header.",
+            f"the lead with the largest deviation has {largest:.3g} mV, which no ECG "
+            "has. Mend gain or unit in the header.",
         )
 
 

@@ -63,11 +63,13 @@ def prepare(
         The prepared data.
 
     Raises:
-        ValueError: if a part would be empty.
+        ValueError: if a part would be empty, or a protocol is given without a number.
 
     Examples:
         >>> prepare(dataset, task, n_records=1000)  # doctest: +SKIP
     """
+    if n_records is None and protocol != "patient":
+        raise ValueError(f"protocol={protocol!r} draws a cohort; give n_records.")
     test_fold = int(dataset.records()["strat_fold"].max())
     split = (
         dataset.usual_split()
@@ -78,6 +80,7 @@ def prepare(
     description = {
         "root": str(dataset.root),
         "digest": _digest((train, val, test)),
+        "split": repr(split),
         "test_fold": test_fold,
         "records_train": len(train),
         "records_val": len(val),

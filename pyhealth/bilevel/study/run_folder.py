@@ -157,11 +157,12 @@ def configuration_of(settings: RunSettings, data: PreparedData) -> dict:
         >>> configuration_of(RunSettings(), data)["settings"]  # doctest: +SKIP
     """
     task = vars(data.task)
-    shown = ("task_label", "sampling_rate", "length", "normalize", "min_likelihood")
+    shown = ("task_label", "sampling_rate", "length", "normalize")
+    shown += ("min_likelihood", "labelled_only")
     return {
         "settings": asdict(settings),
         "task": {name: task[name] for name in shown if name in task}
-        | {"leads": list(data.task.leads)},
+        | {"leads": list(data.task.leads), "records": repr(task.get("records"))},
         "data": data.description,
         "versions": {
             "python": platform.python_version(),
