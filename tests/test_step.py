@@ -780,20 +780,28 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     ("method", "cosine"), [("alignment", 0.98), ("one_step", 0.95), ("neumann", 0.95)]
 )
 def test_bf16_hypergradient_of_published_records(dataset, method, cosine):
-    """benchmarks/precision.py asks more pairs: some of the last two lie lower."""
+    """The middle one of three: some pairs of the last two lie lower, by processor.
+
+    benchmarks/precision.py asks more.
+    """
     root = Path(os.environ["PTBXL_ROOT"])
-    table = pd.read_csv(root / "ptbxl_database.csv").head(128)
+    table = pd.read_csv(root / "ptbxl_database.csv").head(192)
     processor = ECGProcessor(100, 1000, "lead")
     ecg = torch.stack([processor.process(root / path) for path in table["filename_lr"]])
     normal = torch.tensor(table["scp_codes"].str.contains("NORM").to_numpy())
     label = normal.float()[:, None]
-    batches = [
-        {"ecg": ecg[half], "label": label[half]} for half in (slice(64), slice(64, 128))
+    thirds = [
+        {"ecg": ecg[start : start + 64], "label": label[start : start + 64]}
+        for start in (0, 64, 128)
     ]
-    torch.manual_seed(0)
-    model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
-    rounded, exact = bf16_and_float32(model, batches, method)
-    assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
+    cosines = []
+    for seed, train in enumerate(thirds):
+        torch.manual_seed(seed)
+        model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
+        batches = [train, thirds[seed - 1]]
+        rounded, exact = bf16_and_float32(model, batches, method)
+        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
+    assert statistics.median(cosines) > cosine, cosines
 
 
 class TwoTerms(SmoothNet):

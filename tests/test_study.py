@@ -520,6 +520,7 @@ def test_agreement_of_policies():
 
 def test_scores_of_hand_made_predictions():
     table = pd.DataFrame({"label": [0, 0, 1, 1], "probability": [0.1, 0.6, 0.4, 0.9]})
+    table["patient_id"] = list("abcd")
     scores = score(table)
     assert scores["roc_auc"] == 0.75
     assert scores["brier"] == pytest.approx((0.01 + 0.36 + 0.36 + 0.01) / 4)
