@@ -51,11 +51,11 @@ def test_the_stored_comparison_is_that_of_the_stored_runs(study):
                 (areas[key] - areas["A", "steps"]).dropna().to_numpy()
             )
             assert row["difference"] == pytest.approx(interval.mean)
-            assert row["seeds_low"] == pytest.approx(interval.low)
+            assert row["seeds_low"] == pytest.approx(interval.low, nan_ok=True)
             p_values[key] = p_value
         for key, p_value in holm(p_values).items():
             found = compared.loc[(task, size, *key)]["p_holm"]
-            assert found == pytest.approx(p_value)
+            assert found == pytest.approx(p_value, nan_ok=True)
 
 
 def test_five_seeds_of_six_configurations_were_run():
@@ -65,7 +65,7 @@ def test_five_seeds_of_six_configurations_were_run():
     for letter in ("A", "A+", "D", "E", "F", "S"):
         assert seeds["MI", letter] == 5
     assert {"MI", "STTC", "HYP"} <= set(runs["task"])
-    assert 500 in set(runs["n_records"])
+    assert {500, 1000} == set(runs["n_records"])
     assert not runs.duplicated([*KEYS, "seed"]).any()
 
 
@@ -88,4 +88,4 @@ def test_the_document_says_what_the_intervals_carry():
         area = part.pivot(index="seed", columns="configuration", values="roc_auc")
         for control in {"S", "E"} & set(area.columns):
             interval, _ = over_seeds((area["D"] - area[control]).dropna())
-            assert interval.low < 0 < interval.high
+            assert len(area) == 1 or interval.low < 0 < interval.high

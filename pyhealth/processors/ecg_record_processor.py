@@ -46,8 +46,8 @@ MILLIVOLTS = {"mv": 1.0, "uv": 1e-3, "v": 1e3}
 #: No lead on the skin varies by so many millivolt; with a gain that is wrong by 1000
 #: it would.
 LARGEST_DEVIATION = 100.0
-#: And no ECG varies by less than this in every lead.
-SMALLEST_DEVIATION = 1e-3
+#: And no ECG stays within so many millivolt in every lead, unless it is constant.
+SMALLEST_RANGE = 5e-3
 
 
 class RecordError(ValueError):
@@ -275,12 +275,13 @@ def _millivolts(path: str, unit: str) -> float:
 
 
 def _check_range(path: str, signal: np.ndarray) -> None:
-    largest = signal.std(axis=1).max()
-    if largest > LARGEST_DEVIATION or 0 < largest < SMALLEST_DEVIATION:
+    deviation = signal.std(axis=1).max()
+    spread = np.ptp(signal, axis=1).max()  # of a constant lead 0 to the last digit
+    if deviation > LARGEST_DEVIATION or 0 < spread < SMALLEST_RANGE:
         raise RecordError(
             path,
-            f"the lead with the largest deviation has {largest:.3g} mV, which no ECG "
-            "has. Mend gain or unit in the header.",
+            f"the largest lead spans {spread:.3g} mV, which no ECG has. Mend gain or "
+            "unit in the header.",
         )
 
 
