@@ -10,6 +10,7 @@ without ``--study`` from what is there.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from pathlib import Path
@@ -42,7 +43,8 @@ def controls(runs: pd.DataFrame) -> str:
                     f"D - {letter} ({title})",
                     str(len(paired)),
                 ]
-                rows.append([*cells, str(interval), f"{p_value:.3f}"])
+                shown = "-" if math.isnan(p_value) else f"{p_value:.3f}"
+                rows.append([*cells, str(interval), shown])
     return markdown(
         ["task", "records", "difference", "seeds", "AUROC", "p, uncorrected"], rows
     )
