@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -127,3 +129,20 @@ def test_derivative_in_the_signal_forms_no_gradient_of_the_weights(capability):
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::convolution"] == 1  # of the signal with the direction
     assert counts["aten::convolution_backward"] == 2  # to the signal, from each side
+
+
+ODD_BATCH = """\
+import torch
+from pyhealth.models.resnet_1d import _ResNet1D
+torch.set_num_threads(2)
+net = _ResNet1D(12, 1, base_width=8, kernel_size=7)
+for _ in range(40):
+    net(torch.randn(31, 12, 1000)).sum().backward()
+"""
+
+
+def test_an_odd_batch_on_two_threads_writes_nowhere_else():
+    """In a process of its own, which crashed: heap corruption, in most of the steps."""
+    command = [sys.executable, "-c", ODD_BATCH]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -183,6 +183,11 @@ def _gradients(
     g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     stride, padding, _ = geometry
+    # With one row, torch may lay tensors out channels last; on some CPUs its backward
+    # then writes out of bounds (torch 2.14: 31 records, a kernel of 1, two threads).
+    g = g.contiguous()
+    x = x.contiguous() if mask[1] else x
+    w = w.contiguous() if mask[0] else w
     return torch.ops.aten.convolution_backward(
         g, x, w, None, [1, stride], [0, padding], [1, 1], False, [0, 0], 1, mask
     )
