@@ -181,6 +181,15 @@ def test_a_bad_table_is_told_row_by_row(copied, change, words):
     assert str(copied / "records.csv") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "is empty"), (b"record\xff", "not in UTF-8")]
+)
+def test_what_is_no_table_is_told(copied, content, words):
+    (copied / "records.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        ECGFolderDataset(copied)
+
+
 def test_many_bad_rows_are_counted(copied):
     edit(copied, lambda t: t.assign(label="x"))
     with pytest.raises(ValueError, match="60 of 60 rows cannot be used") as error:

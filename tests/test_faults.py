@@ -92,7 +92,7 @@ TABLE_FAULTS = {
     ),
     "tabs": (
         lambda root: read(root).to_csv(root / TABLE, index=False, sep="\t"),
-        r"cannot be read as a table|separated by commas",
+        r"cannot be read as a table|are separated by commas",
     ),
     "latin-1": (latin_1, r"is not in UTF-8 .*save it in UTF-8"),
     "empty": (lambda root: (root / TABLE).write_text(""), "is empty. Fetch"),
@@ -108,7 +108,7 @@ TABLE_FAULTS = {
     "no ecg_id": (change("ecg_id", ""), r"row 4: ecg_id is empty"),
     "half an ecg_id": (change("ecg_id", "4.5"), r"ecg_id '4\.5' is no whole number"),
     "no fold": (change("strat_fold", ""), r"ecg_id 4: strat_fold is empty"),
-    "fold nan": (change("strat_fold", "nan"), r"ecg_id 4: strat_fold is empty"),
+    "fold nan": (change("strat_fold", "nan"), r"strat_fold 'nan' is not 1 to 10"),
     "fold 11": (change("strat_fold", "11"), r"strat_fold '11' is not 1 to 10"),
     "no patient": (change("patient_id", ""), r"ecg_id 4: patient_id is empty"),
     "no path": (change("filename_lr", ""), r"ecg_id 4: filename_lr is empty"),

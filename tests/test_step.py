@@ -760,7 +760,7 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     this same network was 0.86: rounding is then no longer small beside them.
     """
     cosines = []
-    for pair in range(5):
+    for pair in range(15):
         torch.manual_seed(pair)
         model = TaskAugResNet(dataset, LEADS, base_width=16, sampling_rate=RATE)
         batches = [batch_of(64, seed) for seed in (2 * pair, 2 * pair + 1)]
@@ -772,8 +772,7 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
         cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
     # Processors round differently: one pair alone may lie lower, and a network of four
     # channels lies lower altogether where bf16 is not emulated (one_step: 0.91).
-    # Their layout in memory shifts it too: "neumann" from 0.96 to 0.94 on an AVX2 CPU.
-    assert statistics.median(cosines) > 0.9
+    assert statistics.median(cosines) > 0.95
 
 
 @published("PTBXL_ROOT")
@@ -781,28 +780,20 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     ("method", "cosine"), [("alignment", 0.98), ("one_step", 0.95), ("neumann", 0.95)]
 )
 def test_bf16_hypergradient_of_published_records(dataset, method, cosine):
-    """The middle one of three: some pairs of the last two lie lower, by processor.
-
-    benchmarks/precision.py asks more.
-    """
+    """benchmarks/precision.py asks more pairs: some of the last two lie lower."""
     root = Path(os.environ["PTBXL_ROOT"])
-    table = pd.read_csv(root / "ptbxl_database.csv").head(192)
+    table = pd.read_csv(root / "ptbxl_database.csv").head(128)
     processor = ECGProcessor(100, 1000, "lead")
     ecg = torch.stack([processor.process(root / path) for path in table["filename_lr"]])
     normal = torch.tensor(table["scp_codes"].str.contains("NORM").to_numpy())
     label = normal.float()[:, None]
-    thirds = [
-        {"ecg": ecg[start : start + 64], "label": label[start : start + 64]}
-        for start in (0, 64, 128)
+    batches = [
+        {"ecg": ecg[half], "label": label[half]} for half in (slice(64), slice(64, 128))
     ]
-    cosines = []
-    for seed, train in enumerate(thirds):
-        torch.manual_seed(seed)
-        model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
-        batches = [train, thirds[seed - 1]]
-        rounded, exact = bf16_and_float32(model, batches, method)
-        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
-    assert statistics.median(cosines) > cosine, cosines
+    torch.manual_seed(0)
+    model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
+    rounded, exact = bf16_and_float32(model, batches, method)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
 
 
 class TwoTerms(SmoothNet):

@@ -78,22 +78,21 @@ class ECGDataset(BaseDataset):
         """
         task = self.default_task if task is None else task
         self.skipped_records = []
+        table, filled = self.records(task), set()
         if isinstance(split, RecordSplit):
-            split = split.bind(self.records(task))
+            split = split.bind(table)
+            filled = split.filled()
         if not isinstance(task, ECGTask):
             return super().set_task(
                 task, num_workers, input_processors, output_processors, split
             )
         records = self._prepared(task, num_workers)
-        table = self.records(task)
         self.skipped_records = [
             ecg_id
             for ecg_id in table["ecg_id"]
             if str(ecg_id) not in records.record_to_index
         ]
-        filled = set()
-        if isinstance(split, RecordSplit):
-            filled = split.filled()
+        if self.skipped_records and isinstance(split, RecordSplit):
             split = split.bind(table, self.skipped_records)
         parts = ECGSamples.of_task(
             records,

@@ -14,6 +14,7 @@ from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
 
 from .ecg_dataset import ECGDataset
 from .ptbxl_splits import FOLDS, StratFoldSplit
+from .table_rows import read_table, refuse_rows
 
 __all__ = ["ECGFolderDataset"]
 
@@ -107,17 +108,7 @@ def _read_table(folder: Path) -> pd.DataFrame:
             f"{path} is missing. It needs the columns record, patient and label, and "
             "may have fold; see ECGFolderDataset."
         )
-    table = pd.read_csv(path, dtype="string", keep_default_na=False)
-    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
-    table = table.replace("", pd.NA)
-    missing = [c for c in ("record", "patient", "label") if c not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}, found "
-            f"{', '.join(table.columns)}."
-        )
-    if table.empty:
-        raise ValueError(f"{path} has no row.")
+    table = read_table(path, ["record", "patient", "label"])
     has_fold = "fold" in table.columns
     _check_rows(path, table, has_fold)
     result = pd.DataFrame(
@@ -141,7 +132,7 @@ def _read_table(folder: Path) -> pd.DataFrame:
 
 def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
     """Raise if a row cannot be used, and say of each why."""
-    problems: dict[int, str] = {}
+    problems: dict[str, str] = {}
     seen: dict[str, int] = {}
     fold_of: dict[str, str] = {}
     for number, row in enumerate(table.to_dict("records"), start=2):  # 1: the header
@@ -154,18 +145,10 @@ def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
             if first != row["fold"]:
                 problem = f"patient {row['patient']!r} is in fold {first} too"
         if problem:
-            problems[number] = problem
+            problems[f"line {number}"] = problem
         else:
             seen[record] = number
-    if problems:
-        shown = [f"line {n}: {text}" for n, text in list(problems.items())[:SHOWN]]
-        more = len(problems) - len(shown)
-        tail = f"\n... and {more} more" if more else ""
-        raise ValueError(
-            f"{path}: {len(problems)} of {len(table)} rows cannot be used.\n"
-            + "\n".join(shown)
-            + tail
-        )
+    refuse_rows(path, problems, len(table))
 
 
 def _problem_of(folder: Path, row: dict, has_fold: bool) -> str:

@@ -6,7 +6,7 @@ import ast
 import csv
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,15 @@ import pandas as pd
 import polars as pl
 
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
+from pyhealth.tasks.ptbxl_task import check_likelihood
 from pyhealth.tasks.record_filter import QUALITY_FLAGS
 
 from ..tasks import BaseTask
 from .ecg_dataset import ECGDataset
-from .ptbxl_download import BASE_URL, PATH_COLUMNS, download
+from .ptbxl_download import PATH_COLUMNS, download
 from .ptbxl_splits import CohortSplit, StratFoldSplit
 from .ptbxl_table import check_table
-from .ptbxl_verify import VerifyReport, verify
+from .ptbxl_verify import verify
 
 __all__ = [
     "CohortSplit",
@@ -91,7 +92,7 @@ class PTBXLDataset(ECGDataset):
     """
 
     event_type = "ptbxl"
-    #: Whether the codes without a statement were told.
+    #: Whether codes without a statement were looked for.
     _unknown_told = False
 
     def __init__(
@@ -110,15 +111,11 @@ class PTBXLDataset(ECGDataset):
                 f"PTB-XL has sampling rates {list(PATH_COLUMNS)} Hz, got "
                 f"{sampling_rate}."
             )
-        if not 0 <= min_likelihood <= 100:
-            raise ValueError(
-                f"min_likelihood is a percentage, 0 to 100, got {min_likelihood}."
-            )
+        self.min_likelihood = check_likelihood(min_likelihood)
         folder = Path(root).expanduser().resolve()
         _check_files(folder, sampling_rate)
         check_table(folder / "ptbxl_database.csv", PATH_COLUMNS[sampling_rate])
         self.sampling_rate = sampling_rate
-        self.min_likelihood = float(min_likelihood)
         self.skipped_records = []
         statements = folder / "scp_statements.csv"
         self._names_of = statement_names(statements)
@@ -139,57 +136,8 @@ class PTBXLDataset(ECGDataset):
             dev=dev,
         )
 
-    @classmethod
-    def download(
-        cls,
-        root: str | Path,
-        version: str = "1.0.3",
-        sampling_rates: Sequence[int] = (100,),
-        records: Iterable[int] | None = None,
-        workers: int = 8,
-        base_url: str = BASE_URL,
-    ) -> Path:
-        """Fetch what is missing of PTB-XL.
-
-        See :func:`~pyhealth.datasets.ptbxl_download.download`.
-
-        Args:
-            root: folder of the corpus; made if missing.
-            version: of PTB-XL.
-            sampling_rates: 100, 500 or both, hertz: 0.6 and 2.8 GB on the disk.
-            records: ecg_id of those to fetch; all by default.
-            workers: files that are fetched at the same time.
-            base_url: address of the folder that holds SHA256SUMS.txt.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ValueError: if an argument cannot be used, or SHA256SUMS.txt is none.
-            OSError: if the disk is too small, or files could not be had.
-
-        Examples:
-            >>> PTBXLDataset.download("ptbxl", records=[1, 2])  # doctest: +SKIP
-        """
-        return download(root, version, sampling_rates, records, workers, base_url)
-
-    @staticmethod
-    def verify(root: str | Path) -> VerifyReport:
-        """Compare every file with its hash and every waveform with its header.
-
-        Args:
-            root: folder of the corpus, with SHA256SUMS.txt.
-
-        Returns:
-            What was found, see :class:`~pyhealth.datasets.ptbxl_verify.VerifyReport`.
-
-        Raises:
-            FileNotFoundError: if there is no SHA256SUMS.txt.
-
-        Examples:
-            >>> print(PTBXLDataset.verify("ptbxl"))  # doctest: +SKIP
-        """
-        return verify(root)
+    download = staticmethod(download)
+    verify = staticmethod(verify)
 
     @property
     def default_task(self) -> ECGBinaryClassification:
@@ -225,10 +173,13 @@ class PTBXLDataset(ECGDataset):
             Columns patient_id, timestamp and the event attributes.
         """
         table = super().records(task)
-        listed = table["unknown_codes"].drop_nulls().str.split("|").explode()
+        if self._unknown_told:
+            return table
+        self._unknown_told = True
+        everything = table if task is None else super().records()
+        listed = everything["unknown_codes"].drop_nulls().str.split("|").explode()
         counts = listed.filter(listed != "").value_counts(sort=True)
-        if len(counts) and not self._unknown_told:
-            self._unknown_told = True
+        if len(counts):
             shown = [f"{code} ({n} records)" for code, n in counts.iter_rows()]
             logger.warning(
                 "scp_statements.csv does not have the codes %s; they are ignored.",

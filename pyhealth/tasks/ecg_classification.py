@@ -10,7 +10,7 @@ import polars as pl
 
 from ..processors.ecg_processor import Normalization
 from ..processors.ecg_record_processor import STANDARD_LEADS
-from .ecg_task import ECGTask
+from .ptbxl_task import PTBXLTask
 from .record_filter import RecordFilter
 
 __all__ = ["SUPERCLASSES", "ECGBinaryClassification"]
@@ -20,7 +20,7 @@ __all__ = ["SUPERCLASSES", "ECGBinaryClassification"]
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
 
 
-class ECGBinaryClassification(ECGTask):
+class ECGBinaryClassification(PTBXLTask):
     """One diagnostic superclass of PTB-XL against all other records.
 
     One sample a record: patient_id, ecg_id, ecg (the record's path, which
@@ -49,7 +49,6 @@ class ECGBinaryClassification(ECGTask):
     """
 
     task_name = "ECGBinaryClassification"
-    event_type = "ptbxl"
 
     def __init__(
         self,
@@ -66,10 +65,6 @@ class ECGBinaryClassification(ECGTask):
             raise ValueError(
                 f"task_label must be one of {list(SUPERCLASSES)}, got {task_label!r}."
             )
-        if not 0 <= min_likelihood <= 100:
-            raise ValueError(
-                f"min_likelihood is a percentage, 0 to 100, got {min_likelihood}."
-            )
         if task_label == "HYP" and normalize == "lead":
             warnings.warn(
                 "HYP is defined by voltage, which normalize='lead' erases (the "
@@ -79,17 +74,13 @@ class ECGBinaryClassification(ECGTask):
                 stacklevel=2,
             )
         self.task_label = task_label
-        self.min_likelihood = float(min_likelihood)
-        self.records = records or RecordFilter()
         self.output_schema = {"label": "binary"}
-        super().__init__(sampling_rate, length, normalize, leads, on_error)
+        super().__init__(
+            sampling_rate, length, normalize, leads, on_error, min_likelihood, records
+        )
 
     def label_expression(self) -> pl.Expr:
         """Return the label of an event table's rows, as a polars expression."""
         column = f"ptbxl/{self.task_label.lower()}"
         likely = pl.col(f"{column}_likelihood").fill_null(-1.0) >= self.min_likelihood
         return ((pl.col(column) == 1) & likely).cast(pl.Int64)
-
-    def record_expression(self) -> pl.Expr:
-        """Return which rows of an event table are used, as a polars expression."""
-        return self.records.expression()

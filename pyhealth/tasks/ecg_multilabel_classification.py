@@ -9,7 +9,7 @@ import polars as pl
 
 from ..processors.ecg_processor import Normalization
 from ..processors.ecg_record_processor import STANDARD_LEADS
-from .ecg_task import ECGTask
+from .ptbxl_task import PTBXLTask
 from .record_filter import RecordFilter
 
 __all__ = ["LABEL_GROUPS", "ECGMultilabelClassification"]
@@ -25,7 +25,7 @@ LABEL_GROUPS = {
 DIAGNOSTIC = ("superclass", "subclass")
 
 
-class ECGMultilabelClassification(ECGTask):
+class ECGMultilabelClassification(PTBXLTask):
     """All diagnostic superclasses or subclasses, forms or rhythms of PTB-XL at once.
 
     One sample a record: patient_id, ecg_id, ecg and label, which becomes a vector of 0
@@ -60,7 +60,6 @@ class ECGMultilabelClassification(ECGTask):
     """
 
     task_name = "ECGMultilabelClassification"
-    event_type = "ptbxl"
 
     def __init__(
         self,
@@ -78,20 +77,16 @@ class ECGMultilabelClassification(ECGTask):
             raise ValueError(
                 f"labels must be one of {list(LABEL_GROUPS)}, got {labels!r}."
             )
-        if not 0 <= min_likelihood <= 100:
-            raise ValueError(
-                f"min_likelihood is a percentage, 0 to 100, got {min_likelihood}."
-            )
         if min_likelihood and labels not in DIAGNOSTIC:
             raise ValueError(
                 f"PTB-XL states no likelihood of a {labels}; leave min_likelihood out."
             )
         self.task_label = labels
-        self.min_likelihood = float(min_likelihood)
         self.labelled_only = labelled_only
-        self.records = records or RecordFilter()
         self.output_schema = {"label": "multilabel"}
-        super().__init__(sampling_rate, length, normalize, leads, on_error)
+        super().__init__(
+            sampling_rate, length, normalize, leads, on_error, min_likelihood, records
+        )
 
     def label_expression(self) -> pl.Expr:
         """Return the labels of an event table's rows, a list of names each."""
@@ -104,7 +99,7 @@ class ECGMultilabelClassification(ECGTask):
 
     def record_expression(self) -> pl.Expr:
         """Return which rows of an event table are used, as a polars expression."""
-        used = self.records.expression()
+        used = super().record_expression()
         if not self.labelled_only:
             return used
         return used & (self.label_expression().list.len() > 0)
