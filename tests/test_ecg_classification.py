@@ -14,12 +14,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-import wfdb
 from pyhealth.data import Patient
 
 from pyhealth.datasets import base_dataset, ecg_dataset
 from pyhealth.datasets.ptbxl import CohortSplit, PTBXLDataset, StratFoldSplit
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
+from pyhealth.processors import ecg_record_processor
 from pyhealth.processors.ecg_processor import ECGProcessor
 from pyhealth.processors.ecg_record_processor import (
     RECIPE_VERSION,
@@ -57,7 +57,7 @@ POSITIVE = {
     ("HYP", 50): [],
 }
 SHORT = {"sampling_rate": 100, "length": 50}
-READ = wfdb.rdrecord
+READ = ecg_record_processor.read_digital
 
 
 def patient_of(records, dataset_limit=0.0):
@@ -108,10 +108,10 @@ def said():
 def unread(monkeypatch):
     """Fail if a waveform is read."""
 
-    def rdrecord(*args, **kwargs):
+    def read_digital(path):
         pytest.fail("a waveform was read")
 
-    monkeypatch.setattr(wfdb, "rdrecord", rdrecord)
+    monkeypatch.setattr(ecg_record_processor, "read_digital", read_digital)
 
 
 def opened(root, cache_dir, **settings):
@@ -373,7 +373,7 @@ def test_another_task_or_split_reads_no_waveform_again(
 ):
     """And gives what reading them again would give, to the bit."""
     with pytest.MonkeyPatch.context() as allowed:
-        allowed.setattr(wfdb, "rdrecord", READ)
+        allowed.setattr(ecg_record_processor, "read_digital", READ)
         small_dataset.set_task(ECGBinaryClassification("MI", **SHORT))
     task = ECGBinaryClassification("CD", 100, 40, normalize)
     parts = small_dataset.set_task(task, split=StratFoldSplit())
@@ -386,7 +386,7 @@ def test_another_task_or_split_reads_no_waveform_again(
         assert part.labels == [label_of[ecg_id] for ecg_id in part.ecg_ids]
         assert part.labels == [sample["label"].item() for sample in part]
     with pytest.MonkeyPatch.context() as allowed:
-        allowed.setattr(wfdb, "rdrecord", READ)
+        allowed.setattr(ecg_record_processor, "read_digital", READ)
         path_of = dict(table.select("ecg_id", "record_path").iter_rows())
         processor = ECGProcessor(100, 40, normalize)
         processor.fit(({"ecg": path_of[k]} for k in parts[0].ecg_ids), "ecg")
@@ -448,7 +448,9 @@ def test_the_same_settings_are_prepared_once(
         monkeypatch.setattr(
             PTBXLDataset, name, lambda *args: pytest.fail("built again")
         )
-    monkeypatch.setattr(wfdb, "rdrecord", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr(
+        ecg_record_processor, "read_digital", lambda path: pytest.fail("read again")
+    )
     dataset = PTBXLDataset(small, sampling_rate=100, cache_dir=cache_dir)
     again = dataset.set_task(ECGBinaryClassification("MI", **SHORT))
     assert again.path == samples.path

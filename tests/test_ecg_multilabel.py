@@ -15,7 +15,6 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-import wfdb
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pyhealth.bilevel.study.data import prepare
@@ -25,6 +24,7 @@ from pyhealth.bilevel.study.settings import RunSettings
 from pyhealth.datasets import get_dataloader
 from pyhealth.datasets.ptbxl import CohortSplit, PTBXLDataset, StratFoldSplit
 from pyhealth.models.taskaug_resnet import TaskAugResNet
+from pyhealth.processors import ecg_record_processor
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 from pyhealth.tasks.ecg_multilabel_classification import ECGMultilabelClassification
 from pyhealth.tasks.record_filter import QUALITY_FLAGS, RecordFilter
@@ -120,7 +120,7 @@ def test_superclasses_come_in_the_benchmarks_order(corpus, superclasses):
 
 
 def test_another_label_reads_no_waveform_again(dataset, superclasses, monkeypatch):
-    monkeypatch.setattr(wfdb, "rdrecord", None)
+    monkeypatch.setattr(ecg_record_processor, "read_digital", None)
     for task in (
         task_of("subclass"),
         task_of("rhythm", normalize="lead"),

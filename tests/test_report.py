@@ -58,7 +58,7 @@ def test_it_is_made_from_what_is_stored_alone(study, page, monkeypatch):
         "pyhealth.bilevel.study.run.train",
         "pyhealth.bilevel.study.run.search",
         "pyhealth.datasets.ecg_dataset.ECGDataset.set_task",
-        "wfdb.rdrecord",
+        "pyhealth.processors.ecg_record_processor.read_digital",
     ):
         monkeypatch.setattr(name, lambda *args: pytest.fail("not from the stored"))
     assert write_report(study).read_text() == page

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import wfdb
 from tqdm import tqdm
 
-from ..processors.ecg_record_processor import disagreeing_leads
+from ..processors.wfdb_record import disagreeing_leads, read_digital
 from .ptbxl_download import SUMS, read_sums
 
 __all__ = ["VerifyReport", "verify"]
@@ -143,7 +142,7 @@ def _hash(path: Path) -> str:
 def _problem(record: str) -> str:
     """Return what is wrong with a record's waveform; nothing if all is right."""
     try:
-        wrong = disagreeing_leads(wfdb.rdrecord(record, physical=False))
+        wrong = disagreeing_leads(read_digital(record))
     except Exception as error:  # wfdb raises many kinds; each goes into the report
         return f"cannot be read ({error})"
     if wrong:

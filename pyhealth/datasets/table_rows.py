@@ -29,7 +29,7 @@ def read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     Examples:
         >>> read_table(Path("records.csv"), ["record"])  # doctest: +SKIP
     """
-    again = "Fetch it again, or save it as CSV in UTF-8."
+    again = "Fetch it again, or save it in UTF-8."
     try:
         table = pd.read_csv(path, dtype="string", keep_default_na=False)
     except pd.errors.EmptyDataError as error:
@@ -70,7 +70,7 @@ def refuse_rows(path: Path, problems: Mapping[str, str], total: int) -> None:
         >>> refuse_rows(Path("records.csv"), {"line 2": "label is empty"}, 9)
         Traceback (most recent call last):
         ValueError: records.csv: 1 of 9 rows cannot be used: line 2: label is empty. \
-Mend them, or fetch the table again.
+Fetch the table again, or mend these rows.
     """
     if not problems:
         return
@@ -79,5 +79,5 @@ Mend them, or fetch the table again.
     tail = f"; and {more} more" if more else ""
     raise ValueError(
         f"{path}: {len(problems)} of {total} rows cannot be used: {'; '.join(shown)}"
-        f"{tail}. Mend them, or fetch the table again."
+        f"{tail}. Fetch the table again, or mend these rows."
     )

@@ -15,13 +15,13 @@ import wfdb
 from scipy.signal import resample_poly
 
 from .base_processor import FeatureProcessor
+from .wfdb_record import disagreeing_leads, is_simple, read_digital
 
 __all__ = [
     "STANDARD_LEADS",
     "ECGRecordProcessor",
     "MissingRecordError",
     "RecordError",
-    "disagreeing_leads",
 ]
 
 logger = logging.getLogger(__name__)
@@ -233,37 +233,12 @@ def _read_checked(path: str) -> tuple[wfdb.Record, list[str]]:
     Several segments, each with its own gains, or several samples a frame are for WFDB
     to join; their checksums are not those of what comes out.
     """
-    record = wfdb.rdrecord(path, physical=False, m2s=False)
-    if isinstance(record, wfdb.MultiRecord) or set(record.samps_per_frame) != {1}:
+    record = read_digital(path)
+    if not is_simple(record):
         return wfdb.rdrecord(path), []
     wrong = disagreeing_leads(record)
     record.dac(inplace=True)
     return record, wrong
-
-
-def disagreeing_leads(record: wfdb.Record) -> list[str]:
-    """Return the leads whose samples do not add up to the header's checksum.
-
-    Args:
-        record: one segment, digital, one sample a frame.
-
-    Source:
-        WFDB header format, field "checksum": the sum of the samples in 16 bits. A
-        checksum of 0 is what programs write that do not compute any.
-
-    Examples:
-        >>> disagreeing_leads(
-        ...     wfdb.rdrecord("00001_lr", physical=False)
-        ... )  # doctest: +SKIP
-        []
-    """
-    stored = record.checksum or []
-    own = record.calc_checksum() if any(stored) else []
-    return [
-        name
-        for name, found, said in zip(record.sig_name, own, stored, strict=False)
-        if said and (found - said) % 65536
-    ]
 
 
 def _millivolts(path: str, unit: str) -> float:

@@ -1,0 +1,170 @@
+"""WFDB records as they lie on the disk: digital samples and the header's fields."""
+
+from __future__ import annotations
+
+import os
+
+import fsspec
+import numpy as np
+import wfdb
+from wfdb.io.header import parse_header_content, rx_record, rx_signal
+
+__all__ = ["disagreeing_leads", "is_address", "is_simple", "read_digital"]
+
+#: Format 16 of the WFDB signal format: 16 bits, the low byte first.
+SAMPLE = np.dtype("<i2")
+#: Fields of a header's first line that a plain record does not have.
+UNUSUAL = ("n_seg", "counter_freq", "base_counter", "base_time", "base_date")
+
+
+def is_address(path: str) -> bool:
+    """Return whether a path is an fsspec address, such as of an object store.
+
+    Args:
+        path: of a file or folder.
+
+    Examples:
+        >>> is_address("s3://bucket/ptbxl"), is_address("/data/ptbxl")
+        (True, False)
+    """
+    return "://" in path
+
+
+def read_digital(path: str) -> wfdb.Record | wfdb.MultiRecord:
+    """Read a record without turning its samples into physical units.
+
+    What PTB-XL and most corpora of standard ECGs have, one file of 16-bit samples, is
+    taken apart here with wfdb's own expressions: wfdb's parser looks each field up in a
+    table of pandas, which takes longer than all the rest that becomes of a record
+    (docs/scale.md). Everything else, and whatever is out of order, is read by wfdb.
+
+    Args:
+        path: of the record, without suffix; a path or an fsspec address.
+
+    Returns:
+        The record; of one segment, ``d_signal`` (samples, leads) holds whole numbers.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        Exception: whatever wfdb raises where it cannot read it.
+
+    Source:
+        WFDB header and signal formats (header(5) and signal(5) of the WFDB
+        Applications Guide).
+
+    Examples:
+        >>> read_digital("records100/00000/00001_lr").sig_name[:3]  # doctest: +SKIP
+        ['I', 'II', 'III']
+    """
+    record = _read_plain(path)
+    if record is None:
+        return wfdb.rdrecord(path, physical=False, m2s=False)
+    return record
+
+
+def disagreeing_leads(record: wfdb.Record | wfdb.MultiRecord) -> list[str]:
+    """Return the leads whose samples do not add up to the header's checksum.
+
+    Args:
+        record: a digital record. Of several segments, or with several samples a frame,
+            none disagrees: what was joined has other sums.
+
+    Source:
+        WFDB header format, field "checksum": the sum of the samples in 16 bits. A
+        checksum of 0 is what programs write that do not compute any.
+
+    Examples:
+        >>> disagreeing_leads(read_digital("00001_lr"))  # doctest: +SKIP
+        []
+    """
+    if not is_simple(record):
+        return []
+    stored = record.checksum or []
+    own = record.calc_checksum() if any(stored) else []
+    return [
+        name
+        for name, found, said in zip(record.sig_name, own, stored, strict=False)
+        if said and (found - said) % 65536
+    ]
+
+
+def is_simple(record: wfdb.Record | wfdb.MultiRecord) -> bool:
+    """Return whether a record is one segment with one sample a frame.
+
+    Args:
+        record: a digital record.
+
+    Examples:
+        >>> is_simple(wfdb.MultiRecord())
+        False
+    """
+    return isinstance(record, wfdb.Record) and set(record.samps_per_frame) == {1}
+
+
+def _read_plain(path: str) -> wfdb.Record | None:
+    """Return a record of one file of 16-bit samples; None if it is another kind."""
+    header = _content(f"{path}.hea").decode("ascii", errors="ignore")
+    lines, _ = parse_header_content(header)
+    matches = [rx_record.match(lines[0])] if lines else [None]
+    matches += [rx_signal.match(line) for line in lines[1:]]
+    if None in matches:
+        return None
+    of_record, *signals = (match.groupdict() for match in matches)
+    fields = _fields(of_record, signals)
+    if fields is None:
+        return None
+    start = int(signals[0]["byte_offset"] or 0)
+    # os.path.split and join know both kinds of path: an address has "/" everywhere.
+    content = _content(os.path.join(os.path.split(path)[0], fields["file_name"][0]))
+    n_sig, sig_len = fields["n_sig"], fields["sig_len"]
+    if len(content) != start + n_sig * sig_len * SAMPLE.itemsize:
+        return None
+    samples = np.frombuffer(content, SAMPLE, offset=start).reshape(sig_len, n_sig)
+    return wfdb.Record(d_signal=samples.astype(np.int64), **fields)
+
+
+def _fields(
+    of_record: dict[str, str], signals: list[dict[str, str]]
+) -> dict[str, str | float | list[str | int | float]] | None:
+    """Return the header's fields in wfdb's types; None if it is no plain record's."""
+    layouts = {(s["file_name"], s["fmt"], s["byte_offset"]) for s in signals}
+    plain = (
+        len(layouts) == 1
+        and signals[0]["fmt"] == "16"
+        and signals[0]["file_name"] != "~"
+        and not any(of_record[name] for name in UNUSUAL)
+        and of_record["n_sig"] == str(len(signals))
+        and all(of_record[name] for name in ("fs", "sig_len"))
+        and all(s["samps_per_frame"] in ("", "1") and not s["skew"] for s in signals)
+        and all(s[name] for s in signals for name in ("adc_gain", "baseline", "units"))
+        and all(s["checksum"] and s["sig_name"] for s in signals)
+        and all("-" not in s.values() for s in signals)  # a number without digits
+    )
+    if not plain:
+        return None
+    gains = [float(s["adc_gain"]) for s in signals]
+    if not all(gains):  # a gain of 0 has a meaning of its own
+        return None
+    rate = float(of_record["fs"])
+    return {
+        "record_name": of_record["record_name"],
+        "n_sig": len(signals),
+        "fs": int(rate) if rate.is_integer() else rate,
+        "sig_len": int(of_record["sig_len"]),
+        "file_name": [s["file_name"] for s in signals],
+        "fmt": ["16"] * len(signals),
+        "samps_per_frame": [1] * len(signals),
+        "adc_gain": gains,
+        "baseline": [int(s["baseline"]) for s in signals],
+        "units": [s["units"] for s in signals],
+        "checksum": [int(s["checksum"]) for s in signals],
+        "sig_name": [s["sig_name"] for s in signals],
+    }
+
+
+def _content(path: str) -> bytes:
+    if is_address(path):
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
