@@ -41,7 +41,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data_root", help="folder of PTB-XL")
+    source.add_argument(
+        "--data_root", help="folder of PTB-XL, or its address (s3://bucket/ptbxl)"
+    )
     source.add_argument(
         "--records_root", help="folder of your own WFDB records with a records.csv"
     )
@@ -221,7 +223,7 @@ def open_dataset(arguments: argparse.Namespace):
         root = synthetic_root(arguments)
         cache_dir = root.parent
     else:
-        root = Path(arguments.data_root)
+        root = arguments.data_root
     # The smaller recording where it is enough: a rate of 100 needs no 500.
     recorded = 100 if arguments.synthetic or arguments.sampling_rate <= 100 else 500
     if arguments.download:
@@ -367,6 +369,8 @@ def run_several(arguments: argparse.Namespace) -> None:
     )
     dataset = open_dataset(arguments)
     with client_of(arguments.scheduler, arguments.workers) as (client, threads):
+        if arguments.scheduler:  # many machines read the records, too
+            dataset.client = client
         outcomes = run_study(
             plan,
             lambda *part: prepare_data(arguments, dataset, *part),

@@ -164,7 +164,7 @@ def cell(line, column, value):
         (cell(2, "label", ""), r"line 2: label is empty"),
         (cell(9, "patient", ""), r"line 9: patient is empty"),
         (cell(5, "record", "a/none"), r"line 5: a/none.hea is missing"),
-        (cell(5, "record", "../a"), r"line 5: record '../a' lies outside"),
+        (cell(5, "record", "../a"), r"line 5: ../a.hea lies outside"),
         (cell(5, "record", "a/r00"), r"line 5: record 'a/r00' is in line 2 too"),
         (cell(5, "record", "./a/r00"), r"line 5: record './a/r00' is in line 2 too"),
         (cell(3, "fold", "11"), r"line 3: fold '11' is not 1 to 10"),

@@ -313,6 +313,11 @@ def test_files_without_a_hash_are_refused(server, tmp_path):
         fetch(server, tmp_path)
 
 
+def test_an_address_is_no_folder():
+    with pytest.raises(ValueError, match="must be a folder on the disk, got s3://a/b"):
+        PTBXLDataset.download("s3://a/b")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,13 +7,16 @@ import logging
 import pickle
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import polars as pl
+from dask.distributed import Client
 
 from ..processors.base_processor import FeatureProcessor
 from ..tasks import BaseTask
 from ..tasks.ecg_task import ECGTask
 from .base_dataset import BaseDataset
+from .ecg_cluster import process_on_cluster, transform_on_cluster
 from .ecg_samples import CacheError, ECGSamples
 from .ptbxl_splits import RecordSplit
 from .sample_dataset import SampleDataset
@@ -33,6 +36,8 @@ class ECGDataset(BaseDataset):
     Attributes:
         skipped_records: ecg_id of the records that the last ``set_task`` skipped as
             unreadable.
+        client: of a running Dask cluster, once it is set: ``set_task`` then prepares
+            samples there. Its workers must see root and cache_dir under the same names.
 
     Examples:
         >>> from pyhealth.datasets.ptbxl import PTBXLDataset
@@ -42,6 +47,7 @@ class ECGDataset(BaseDataset):
 
     event_type: str
     skipped_records: list[int]
+    client: Client | None = None
 
     def set_task(
         self,
@@ -150,6 +156,23 @@ class ECGDataset(BaseDataset):
             return super().set_task(task.records_task(), num_workers)
         except (json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
             raise CacheError(str(self.cache_dir), str(error)) from error
+
+    def _task_transform(
+        self, task: BaseTask, output_dir: Path, num_workers: int
+    ) -> None:
+        if self.client is None:
+            super()._task_transform(task, output_dir, num_workers)
+            return
+        events = task.pre_filter(self.global_event_df)
+        transform_on_cluster(self.client, task, events, output_dir)
+
+    def _proc_transform(
+        self, task_df: Path, output_dir: Path, num_workers: int
+    ) -> None:
+        if self.client is None:
+            super()._proc_transform(task_df, output_dir, num_workers)
+            return
+        process_on_cluster(self.client, task_df, output_dir)
 
     def _check_parts(self, parts: Sequence[SampleDataset], filled: set[int]) -> None:
         """Raise if skipping has emptied a part that the split fills."""

@@ -12,6 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
 
+from .corpus_root import CorpusRoot
 from .ecg_dataset import ECGDataset
 from .ptbxl_splits import FOLDS, StratFoldSplit
 from .table_rows import read_table, refuse_rows
@@ -19,8 +20,6 @@ from .table_rows import read_table, refuse_rows
 __all__ = ["ECGFolderDataset"]
 
 TABLE = "records.csv"
-#: Of how many bad rows an error tells; their number is told in any case.
-SHOWN = 10
 
 
 class ECGFolderDataset(ECGDataset):
@@ -43,7 +42,8 @@ class ECGFolderDataset(ECGDataset):
     Nothing is written to the folder.
 
     Args:
-        root: the folder.
+        root: the folder, or an address as in
+            :class:`~pyhealth.datasets.ptbxl.PTBXLDataset`.
         cache_dir: where PyHealth keeps prepared data; default its user cache.
         num_workers: processes for preparing data.
 
@@ -74,9 +74,10 @@ class ECGFolderDataset(ECGDataset):
         cache_dir: str | Path | None = None,
         num_workers: int = 1,
     ) -> None:
-        folder = Path(root).expanduser().resolve()
+        corpus = CorpusRoot.of(root)
+        folder = corpus.tables([TABLE], cache_dir)
         self.skipped_records = []
-        self._table = _read_table(folder)
+        self._table = _read_table(corpus, folder / TABLE)
         super().__init__(
             root=str(folder),
             tables=[self.event_type],
@@ -101,21 +102,20 @@ class ECGFolderDataset(ECGDataset):
         return nw.from_native(dd.from_pandas(self._table, npartitions=1))
 
 
-def _read_table(folder: Path) -> pd.DataFrame:
-    path = folder / TABLE
+def _read_table(corpus: CorpusRoot, path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing. It needs the columns record, patient and label, and "
-            "may have fold; see ECGFolderDataset."
+            f"{corpus.address}/{TABLE} is missing. It needs the columns record, "
+            "patient and label, and may have fold; see ECGFolderDataset."
         )
     table = read_table(path, ["record", "patient", "label"])
     has_fold = "fold" in table.columns
-    _check_rows(path, table, has_fold)
+    _check_rows(corpus, path, table, has_fold)
     result = pd.DataFrame(
         {
             "patient_id": table["patient"],
             "ecg_id": range(1, len(table) + 1),
-            "record_path": f"{folder}/" + table["record"],
+            "record_path": f"{corpus.address}/" + table["record"],
             "given_label": table["label"].astype("Int64"),
         }
     )
@@ -130,13 +130,17 @@ def _read_table(folder: Path) -> pd.DataFrame:
     return result
 
 
-def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
+def _check_rows(
+    corpus: CorpusRoot, path: Path, table: pd.DataFrame, has_fold: bool
+) -> None:
     """Raise if a row cannot be used, and say of each why."""
     problems: dict[str, str] = {}
     seen: dict[str, int] = {}
     fold_of: dict[str, str] = {}
     for number, row in enumerate(table.to_dict("records"), start=2):  # 1: the header
-        problem = _problem_of(path.parent, row, has_fold)
+        problem = _problem_of(row, has_fold) or corpus.problem_with(
+            f"{row['record']}.hea"
+        )
         record = "" if problem else os.path.normpath(row["record"])
         if record in seen:
             problem = f"record {row['record']!r} is in line {seen[record]} too"
@@ -151,7 +155,7 @@ def _check_rows(path: Path, table: pd.DataFrame, has_fold: bool) -> None:
     refuse_rows(path, problems, len(table))
 
 
-def _problem_of(folder: Path, row: dict, has_fold: bool) -> str:
+def _problem_of(row: dict, has_fold: bool) -> str:
     wanted = ("record", "patient", "label", *(["fold"] if has_fold else []))
     empty = [name for name in wanted if pd.isna(row[name])]
     if empty:
@@ -160,11 +164,6 @@ def _problem_of(folder: Path, row: dict, has_fold: bool) -> str:
         return f"label {row['label']!r} is neither 0 nor 1"
     if has_fold and row["fold"] not in [str(fold) for fold in FOLDS]:
         return f"fold {row['fold']!r} is not 1 to 10"
-    header = (folder / f"{row['record']}.hea").resolve()
-    if not header.is_relative_to(folder):
-        return f"record {row['record']!r} lies outside {folder}"
-    if not header.is_file():
-        return f"{row['record']}.hea is missing"
     return ""
 
 

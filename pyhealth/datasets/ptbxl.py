@@ -19,6 +19,7 @@ from pyhealth.tasks.ptbxl_task import check_likelihood
 from pyhealth.tasks.record_filter import QUALITY_FLAGS
 
 from ..tasks import BaseTask
+from .corpus_root import CorpusRoot
 from .ecg_dataset import ECGDataset
 from .ptbxl_download import PATH_COLUMNS, download
 from .ptbxl_splits import CohortSplit, StratFoldSplit
@@ -35,6 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+TABLES = ("ptbxl_database.csv", "scp_statements.csv")
 #: In PTB-XL an age of 300 stands for 90 years or more.
 CENSORED_AGE = 300
 #: Longer than any published entry by far; longer ones are not parsed.
@@ -62,7 +64,9 @@ class PTBXLDataset(ECGDataset):
     ``min_likelihood``. A likelihood of 0 means "not stated", not "absent".
 
     Args:
-        root: folder of the dataset.
+        root: folder of the dataset, or an address of an object store that fsspec knows,
+            "s3://bucket/ptbxl", "gs://..." or "az://...": records are then read from
+            there, and the tables are copied to ``cache_dir``, which must be given.
         sampling_rate: 500 or 100, hertz: which of the two recordings to use.
         cache_dir: where PyHealth keeps prepared data; default its user cache.
         num_workers: processes for preparing data. For corpora below some thousand
@@ -112,8 +116,9 @@ class PTBXLDataset(ECGDataset):
                 f"{sampling_rate}."
             )
         self.min_likelihood = check_likelihood(min_likelihood)
-        folder = Path(root).expanduser().resolve()
-        _check_files(folder, sampling_rate)
+        self.corpus = CorpusRoot.of(root)
+        folder = self.corpus.tables(TABLES, cache_dir)
+        _check_files(self.corpus, folder, sampling_rate)
         check_table(folder / "ptbxl_database.csv", PATH_COLUMNS[sampling_rate])
         self.sampling_rate = sampling_rate
         self.skipped_records = []
@@ -198,7 +203,7 @@ class PTBXLDataset(ECGDataset):
         """
         describe = partial(
             _describe,
-            root=self.root,
+            root=self.corpus.address,
             sampling_rate=self.sampling_rate,
             names_of=self._names_of,
             min_likelihood=self.min_likelihood,
@@ -298,18 +303,18 @@ def statement_names(path: str | Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _check_files(root: Path, sampling_rate: int) -> None:
-    for name in ("ptbxl_database.csv", "scp_statements.csv"):
-        if not (root / name).is_file():
+def _check_files(corpus: CorpusRoot, tables: Path, sampling_rate: int) -> None:
+    for name in TABLES:
+        if not (tables / name).is_file():
             raise FileNotFoundError(
-                f"{root / name} is missing. root must be the folder of PTB-XL that "
-                "holds ptbxl_database.csv and scp_statements.csv."
+                f"{corpus.address}/{name} is missing. root must be the folder of "
+                f"PTB-XL that holds {' and '.join(TABLES)}."
             )
-    if not (root / f"records{sampling_rate}").is_dir():
-        others = [rate for rate in PATH_COLUMNS if (root / f"records{rate}").is_dir()]
+    if not corpus.exists(f"records{sampling_rate}"):
+        others = [rate for rate in PATH_COLUMNS if corpus.exists(f"records{rate}")]
         remedy = f"pass sampling_rate={others[0]}" if others else "fetch the records"
         raise FileNotFoundError(
-            f"{root} has no records{sampling_rate}/ folder; {remedy}."
+            f"{corpus.address} has no records{sampling_rate}/ folder; {remedy}."
         )
 
 

@@ -17,6 +17,8 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
+from ..processors.wfdb_record import is_address
+
 __all__ = ["BASE_URL", "CITATION", "SUMS", "download", "read_sums"]
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ def download(
         )
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}.")
+    if is_address(str(root)):
+        raise ValueError(f"root must be a folder on the disk, got {root}.")
     root = Path(root).expanduser().resolve()
     root.mkdir(parents=True, exist_ok=True)
     is_new = not (root / SUMS).exists()

@@ -214,15 +214,15 @@ def _read_wfdb(path: str) -> wfdb.Record:
         raise RecordError(path, problem) from error
     if record.p_signal is None or not record.p_signal.size:
         raise RecordError(path, "holds no samples. Fetch the record again.")
+    if not record.fs > 0 or None in record.sig_name:
+        raise RecordError(
+            path, f"the header lacks the sampling rate or a lead's name. {remedy}"
+        )
     if wrong:
         raise RecordError(
             path,
             f"the samples of lead {', '.join(wrong)} disagree with the header's "
             f"checksum. {remedy}",
-        )
-    if not record.fs > 0 or None in record.sig_name:
-        raise RecordError(
-            path, f"the header lacks the sampling rate or a lead's name. {remedy}"
         )
     return record
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
-import fsspec
 import numpy as np
 import wfdb
+from fsspec.core import url_to_fs
 from wfdb.io.header import parse_header_content, rx_record, rx_signal
 
 __all__ = ["disagreeing_leads", "is_address", "is_simple", "read_digital"]
@@ -105,11 +106,15 @@ def _read_plain(path: str) -> wfdb.Record | None:
     """Return a record of one file of 16-bit samples; None if it is another kind."""
     header = _content(f"{path}.hea").decode("ascii", errors="ignore")
     lines, _ = parse_header_content(header)
-    matches = [rx_record.match(lines[0])] if lines else [None]
-    matches += [rx_signal.match(line) for line in lines[1:]]
+    first = rx_record.match(lines[0]) if lines else None
+    if first is None:
+        return None
+    of_record = first.groupdict()
+    _check_count(of_record, len(lines) - 1)
+    matches = [rx_signal.match(line) for line in lines[1:]]
     if None in matches:
         return None
-    of_record, *signals = (match.groupdict() for match in matches)
+    signals = [match.groupdict() for match in matches]
     fields = _fields(of_record, signals)
     if fields is None:
         return None
@@ -121,6 +126,14 @@ def _read_plain(path: str) -> wfdb.Record | None:
         return None
     samples = np.frombuffer(content, SAMPLE, offset=start).reshape(sig_len, n_sig)
     return wfdb.Record(d_signal=samples.astype(np.int64), **fields)
+
+
+def _check_count(of_record: dict[str, str], lines: int) -> None:
+    """Raise if more is announced than described; wfdb would make room for it first."""
+    said = int(of_record["n_seg"] or of_record["n_sig"])
+    if said > lines:
+        what = "segments" if of_record["n_seg"] else "leads"
+        raise ValueError(f"the header announces {said} {what} and describes {lines}")
 
 
 def _fields(
@@ -164,7 +177,11 @@ def _fields(
 
 def _content(path: str) -> bytes:
     if is_address(path):
-        with fsspec.open(path, "rb") as file:
-            return file.read()
+        filesystem, name = url_to_fs(path)
+        try:
+            return filesystem.cat_file(name)
+        except FileNotFoundError as error:  # some stores' errors name no file
+            message = os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, message, path) from error
     with open(path, "rb") as file:
         return file.read()

@@ -1,0 +1,39 @@
+"""What fuzzing has found, and a little more of it each time."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzz.targets import TARGETS
+
+FUZZ = Path(__file__).parent / "fuzz"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_was_found_stays_mended(name):
+    found = sorted((FUZZ / "corpus" / name).iterdir())
+    assert len(found) >= 5
+    for path in found:
+        TARGETS[name](path.read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "runs"), [("header", 1000), ("scp_codes", 100_000)])
+def test_nothing_new_is_found_at_once(name, runs, tmp_path):
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is not installed; it has no wheel for this machine")
+    corpus = shutil.copytree(FUZZ / "corpus" / name, tmp_path / "corpus")
+    command = [sys.executable, str(FUZZ / "targets.py"), name, f"-runs={runs}"]
+    done = subprocess.run(
+        [*command, "-seed=1", "-detect_leaks=0", str(corpus)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Done {runs} runs" in done.stderr
