@@ -67,6 +67,9 @@ def test_five_seeds_of_six_configurations_were_run():
     assert {"MI", "STTC", "HYP"} <= set(runs["task"])
     assert {500, 1000} == set(runs["n_records"])
     assert not runs.duplicated([*KEYS, "seed"]).any()
+    small = runs[(runs["n_records"] == 1000) & (runs["budget"] == "steps")]
+    assert set(small.groupby(["task", "configuration"])["seed"].nunique()) == {3}
+    assert set(small["task"]) == {"MI", "STTC", "HYP"}
 
 
 def test_the_document_says_what_the_intervals_carry():
@@ -83,9 +86,22 @@ def test_the_document_says_what_the_intervals_carry():
     assert abs(tau["MI", 500]) < 0.1 < 0.5 < tau["HYP", 500]
     leak = of_mi["leak_auroc"].xs("steps", level="budget")
     assert leak["E"] > leak["D"] > leak["F"] and abs(leak["F"] - 0.5) < 0.03
-    areas = pd.read_csv(folder / "runs.csv").query("budget == 'steps'")
-    for _, part in areas.groupby(["task", "n_records"]):
+    others = compared.drop(("MI", 500)).xs("steps", level="budget")
+    others = others[others["verdict"] != "the reference"]
+    assert set(others["verdict"]) == {"no difference shown at 3 seeds"}
+    assert (others["difference"] > 0).all()
+
+
+def test_the_document_says_what_learning_adds():
+    runs = pd.read_csv(DOCS / "results" / "ptbxl" / "runs.csv")
+    intervals, p_values = {}, {}
+    for key, part in runs.query("budget == 'steps'").groupby(["task", "n_records"]):
         area = part.pivot(index="seed", columns="configuration", values="roc_auc")
         for control in {"S", "E"} & set(area.columns):
-            interval, _ = over_seeds((area["D"] - area[control]).dropna())
-            assert len(area) == 1 or interval.low < 0 < interval.high
+            found = over_seeds((area["D"] - area[control]).dropna())
+            intervals[*key, control], p_values[*key, control] = found
+    apart = [key for key, i in intervals.items() if not i.low < 0 < i.high]
+    assert len(intervals) == 7
+    assert apart == [("MI", 1000, "E")]
+    assert p_values[apart[0]] == pytest.approx(0.017, abs=5e-4)
+    assert holm(p_values)[apart[0]] == pytest.approx(0.12, abs=5e-3)
