@@ -48,6 +48,8 @@ STAGES = {
     "read": "read every sample once",
     "train": "train one epoch",
 }
+#: Those that several processes do.
+PARALLEL = ["table", "set_task"]
 #: Steps of training to one of the policy.
 OUTER_EVERY = 20
 #: Seconds between two looks at the memory.
@@ -74,6 +76,8 @@ def main() -> None:
     if not arguments.table:
         run(arguments, rows)
     print(document(rows))
+    if not arguments.data_root:
+        print(f"\n{paper(rows)}")
 
 
 def run(arguments: argparse.Namespace, rows: Rows) -> None:
@@ -86,11 +90,12 @@ def run(arguments: argparse.Namespace, rows: Rows) -> None:
     )
     for rate, records, workers in settings:
         job = {"rate": rate, "records": records, "workers": workers}
-        if all({**job, "stage": stage} in rows for stage in STAGES):
+        stages = list(STAGES) if workers == 1 else PARALLEL
+        if all({**job, "stage": stage} in rows for stage in stages):
             continue
         root = part(whole, folder / f"part_{records}", records)
         with tempfile.TemporaryDirectory(dir=folder) as cache:
-            for stage in STAGES:
+            for stage in stages:
                 row = in_own_process(stage, root, cache, rate, workers)
                 rows.append({**job, "stage": stage, **row, **machine()})
 
@@ -247,7 +252,7 @@ def document(rows: Iterable[Mapping]) -> str:
         texts.append(f"### {rate} Hz, samples at {SAMPLED_AT[rate]} Hz\n")
         of_rate = [row for row in rows if row["rate"] == rate]
         texts.append(stages_table(of_rate) + "\n")
-        texts.append(disk_line(of_rate) + "\n")
+        texts.append(f"{disk_line(of_rate)} {break_even_line(of_rate)}\n")
     return "\n".join(texts).rstrip()
 
 
@@ -264,7 +269,7 @@ def stages_table(rows: list[Mapping]) -> str:
         if len(found) == len(sizes):
             cells = [STAGES[stage], str(workers)]
             cells += [f"{found[n]['seconds']:.1f}" for n in sizes]
-            cells.append(f"{slope(found):.2f}")
+            cells.append(f"{slope(found, 'seconds') * 1000:.2f}")
             cells += [f"{found[n]['peak_mib'] / 1024:.2f}" for n in sizes]
             lines.append(cells)
     header = ["stage", "processes", *(f"s, {n:,} records" for n in sizes)]
@@ -272,10 +277,45 @@ def stages_table(rows: list[Mapping]) -> str:
     return markdown(header, lines)
 
 
-def slope(found: Mapping[int, Mapping]) -> float:
-    """Return the milliseconds that a record more takes."""
+def paper(rows: Iterable[Mapping], records: int = 10_000_000) -> str:
+    """Return what so many records would take, from the slopes of one process."""
+    rate = max(row["rate"] for row in rows)
+    lines = []
+    for stage in ("table", "set_task", "again", "read"):
+        found = {
+            row["records"]: row
+            for row in rows
+            if (row["rate"], row["stage"], row["workers"]) == (rate, stage, 1)
+        }
+        hours = slope(found, "seconds") * records / 3600
+        gigabytes = max(0.0, slope(found, "peak_mib")) * records * MIB / 1e9
+        lines.append([STAGES[stage], f"{hours:.1f}", f"{gigabytes:.0f}"])
+    return markdown(["stage", "core hours", "GB of memory more"], lines)
+
+
+def slope(found: Mapping[int, Mapping], what: str) -> float:
+    """Return what a record more takes of something."""
     (few, first), *_, (many, last) = sorted(found.items())
-    return (last["seconds"] - first["seconds"]) / (many - few) * 1000
+    return (last[what] - first[what]) / (many - few)
+
+
+def break_even_line(rows: list[Mapping]) -> str:
+    """Return from how many records on several processes pay, on straight lines."""
+    lines = {}
+    for workers in sorted({row["workers"] for row in rows}):
+        found = {
+            row["records"]: row
+            for row in rows
+            if (row["stage"], row["workers"]) == ("set_task", workers)
+        }
+        rise, records = slope(found, "seconds"), max(found)
+        lines[workers] = (rise, found[records]["seconds"] - rise * records)
+    (own_rise, own_start), (rise, start) = lines[1], lines[max(lines)]
+    records = (start - own_start) / (own_rise - rise)
+    return (
+        f"{max(lines)} processes start {start - own_start:.0f} s later and are faster "
+        f"from {round(records, -3):,.0f} records on."
+    )
 
 
 def disk_line(rows: list[Mapping]) -> str:

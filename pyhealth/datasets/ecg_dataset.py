@@ -14,7 +14,7 @@ from dask.distributed import Client
 
 from ..processors.base_processor import FeatureProcessor
 from ..tasks import BaseTask
-from ..tasks.ecg_task import ECGTask
+from ..tasks.ecg_task import ECGRecords, ECGTask
 from .base_dataset import BaseDataset
 from .ecg_cluster import process_on_cluster, transform_on_cluster
 from .ecg_samples import CacheError, ECGSamples
@@ -161,6 +161,8 @@ class ECGDataset(BaseDataset):
         self, task: BaseTask, output_dir: Path, num_workers: int
     ) -> None:
         if self.client is None:
+            if isinstance(task, ECGRecords) and task.on_error == "raise":
+                num_workers = 1  # no waveform is read yet: starting more takes longer
             super()._task_transform(task, output_dir, num_workers)
             return
         events = task.pre_filter(self.global_event_df)
