@@ -3,8 +3,8 @@
     python benchmarks/reading.py --data_root FOLDER
     python benchmarks/reading.py --table    # prints what was measured last
 
-Both read the same record one after the other, so that other load on the machine falls on
-both; the figures are medians over records.
+Both read the same record one after the other, so that other load on the machine falls
+on both; the figures are medians over records.
 """
 
 from __future__ import annotations
