@@ -107,6 +107,8 @@ def corpus(root: Path, arguments: argparse.Namespace) -> Path:
     if not (root / TABLE).exists():
         patients = math.ceil(arguments.records / RECORDS_A_PATIENT)
         write_synthetic_ptbxl(root, patients, sampling_rates=arguments.rates)
+    if count(root) < arguments.records:
+        raise ValueError(f"{root} is smaller than --records; give another --folder.")
     return root
 
 

@@ -16,7 +16,7 @@ def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
 
 
-@pytest.mark.parametrize("kind", ["avx2", "avx512"])
+@pytest.mark.parametrize("kind", ["avx2", "avx512", "avx512_other"])
 def test_the_speed_tables_are_the_measured_ones(kind):
     from speed import document
 

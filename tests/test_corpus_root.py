@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import s3fs
 import torch
 from moto.server import ThreadedMotoServer
 
+from pyhealth.bilevel.study.data import prepare
 from pyhealth.datasets import base_dataset
 from pyhealth.datasets.corpus_root import CorpusRoot
 from pyhealth.datasets.ecg_folder import ECGFolderDataset
@@ -112,18 +115,50 @@ def test_a_record_that_is_not_in_the_store_is_named(store, tmp_path, local):
         opened(tmp_path, "s3://corpora/wrong", ECGFolderDataset)
 
 
-def test_the_tables_are_copied_once_and_again_when_they_change(store, tmp_path):
-    first, second = opened(tmp_path), opened(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(PTBXLDataset, "ptbxl_database.csv"), (ECGFolderDataset, "records.csv")],
+)
+def test_the_tables_are_copied_once_and_again_when_they_change(
+    store, tmp_path, kind, name
+):
+    somebody = s3fs.S3FileSystem(skip_instance_cache=True)  # else: knows nothing of us
+    table = somebody.cat(f"corpora/ptbxl/{name}")
+    first, second = (opened(tmp_path, kind=kind) for _ in range(2))
     assert first.cache_dir == second.cache_dir
-    table = store.cat("corpora/ptbxl/ptbxl_database.csv")
     try:
         rows = table.splitlines(keepends=True)
-        store.pipe("corpora/ptbxl/ptbxl_database.csv", b"".join(rows[:-1]))
-        third = opened(tmp_path)
-        assert third.cache_dir != first.cache_dir
+        somebody.pipe(f"corpora/ptbxl/{name}", b"".join(rows[:-1]))
+        third, fourth = (opened(tmp_path, kind=kind) for _ in range(2))
+        assert first.cache_dir != third.cache_dir == fourth.cache_dir
         assert len(third.records()) == len(first.records()) - 1
     finally:
-        store.pipe("corpora/ptbxl/ptbxl_database.csv", table)
+        somebody.pipe(f"corpora/ptbxl/{name}", table)
+    assert not [path for path in tmp_path.rglob("tables/*/*") if path.is_dir()]
+
+
+def test_a_table_that_changes_while_it_is_copied_is_not_used(
+    store, tmp_path, monkeypatch
+):
+    versions = itertools.count()
+    monkeypatch.setattr(CorpusRoot, "_key", lambda self, name: str(next(versions)))
+    store.pipe("corpora/busy/records.csv", b"record,patient,label\n")
+    with pytest.raises(OSError, match="was changed while it was copied"):
+        opened(tmp_path, "s3://corpora/busy", ECGFolderDataset)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed"
+)
+def test_a_package_that_is_missing_for_a_store_is_named(tmp_path):
+    with pytest.raises(ImportError, match=r"gs://corpora/ptbxl: .*gcsfs"):
+        opened(tmp_path, "gs://corpora/ptbxl")
+
+
+def test_a_run_says_which_corpus_it_was_trained_on(store, tmp_path):
+    task = ECGBinaryClassification("NORM", **SHORT)
+    assert prepare(opened(tmp_path), task).description["root"] == ADDRESS
 
 
 def test_a_file_address_is_a_folder(local, tmp_path):

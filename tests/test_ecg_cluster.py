@@ -102,6 +102,20 @@ def test_a_cluster_prepares_what_one_process_does(opened, client):
     assert dataset.set_task(task).path == ours.path
 
 
+def test_a_folder_that_the_workers_do_not_see_is_named(opened, client, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not there on .* under the same path"
+    ):
+        ecg_cluster._written(tmp_path / "elsewhere", lambda part: None)
+
+
+def test_a_relative_cache_is_the_same_for_workers_elsewhere(
+    root, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert PTBXLDataset(root, 100, cache_dir="cache").cache_dir.is_absolute()
+
+
 def test_a_worker_that_dies_loses_nothing(opened, client, tmp_path):
     theirs = opened("alone").set_task(ECGBinaryClassification("NORM", **SETTINGS))
     left = tmp_path / "left"

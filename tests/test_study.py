@@ -23,7 +23,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from stored_study import stored_study
 
-from pyhealth.bilevel.study import cluster as cluster_module
 from pyhealth.bilevel.study import search as search_module
 from pyhealth.bilevel.study.cluster import client_of, run_study
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS, Configuration, chosen
@@ -50,6 +49,7 @@ from pyhealth.bilevel.study.statistics import (
     verdict,
 )
 from pyhealth.bilevel.study.training import Mixup, random_signs, train
+from pyhealth.datasets import dask_futures
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
@@ -399,7 +399,7 @@ def test_a_worker_that_is_killed_loses_no_job(dataset, tmp_path):
 
 
 def test_a_study_without_workers_does_not_wait_for_ever(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "CHECK_EVERY", 0.2)
+    monkeypatch.setattr(dask_futures, "CHECK_EVERY", 0.2)
     part = partial(prepared, dataset)
     with (
         LocalCluster(n_workers=0, dashboard_address=":0") as empty,

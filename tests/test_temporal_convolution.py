@@ -137,7 +137,8 @@ from pyhealth.models.resnet_1d import _ResNet1D
 torch.set_num_threads(2)
 net = _ResNet1D(12, 1, base_width=8, kernel_size=7)
 for _ in range(40):
-    net(torch.randn(31, 12, 1000)).sum().backward()
+    for records in (3, 31):
+        net(torch.randn(records, 12, 1000)).sum().backward()
 """
 
 

@@ -76,6 +76,7 @@ def test_a_plain_record_needs_no_parser_of_wfdb(tmp_path, without_wfdb):
 PLAIN = {
     "as it is": HEADER,
     "a rate that is no whole number": HEADER.replace(" 500 ", " 499.5 "),
+    "a rate that is one but for rounding": HEADER.replace(" 500 ", " 500.000000001 "),
     "no comment": HEADER.split("#")[0],
     "one sample a frame, said": HEADER.replace(".dat 16 ", ".dat 16x1 "),
     "Windows' ends of line": HEADER.replace("\n", "\r\n"),
@@ -88,6 +89,7 @@ OTHERS = {
     "no baseline": HEADER.replace("200(-3)/uV", "200/uV"),
     "no unit": HEADER.replace("/uV", ""),
     "a gain of nothing": HEADER.replace("200(-3)", "0(-3)"),
+    "no sample": HEADER.replace("r 3 500 4", "r 3 500 0"),
     "no length": HEADER.replace("r 3 500 4", "r 3 500"),
     "no rate": HEADER.replace("r 3 500 4", "r 3"),
     "format 61": HEADER.replace(".dat 16 ", ".dat 61 "),
@@ -168,10 +170,24 @@ def test_a_missing_file_is_named(tmp_path, suffix):
     [
         ("r 4444444442 500 4", "announces 4444444442 leads and describes 3"),
         ("r/4444444442 3 500 4", "announces 4444444442 segments and describes 3"),
+        ("r 3 500 4444444442", "announces 13333333326 samples .* its files hold 24"),
     ],
 )
 def test_a_header_that_would_fill_the_memory_is_refused(tmp_path, first_line, words):
     path = put(tmp_path, HEADER.replace("r 3 500 4", first_line))
+    with pytest.raises(ValueError, match=words):
+        read_digital(path)
+
+
+@pytest.mark.parametrize(
+    ("format", "words"),
+    [
+        ("16:300000000", "a skew of 300000000, its files hold 24 bytes"),
+        ("16x900000000", "announces 3600000008 samples and a skew of 0"),
+    ],
+)
+def test_a_lead_that_would_fill_the_memory_is_refused(tmp_path, format, words):
+    path = put(tmp_path, HEADER.replace(".dat 16 ", f".dat {format} ", 1))
     with pytest.raises(ValueError, match=words):
         read_digital(path)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +77,7 @@ class CorpusRoot:
 
         Raises:
             ValueError: if there is an address and no cache_dir.
+            ImportError: if fsspec lacks a package for it.
             OSError: if the address cannot be read.
         """
         if not self.is_remote:
@@ -89,8 +91,8 @@ class CorpusRoot:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         folder = Path(cache_dir).expanduser().resolve() / "tables" / digest
         folder.mkdir(parents=True, exist_ok=True)
-        for name in found:
-            self._copy(name, folder / name)
+        for name, key in found.items():
+            self._copy(name, key, folder / name)
         return folder
 
     def exists(self, name: str) -> bool:
@@ -104,10 +106,8 @@ class CorpusRoot:
         """
         if not self.is_remote:
             return (Path(self.address) / name).exists()
-        try:
+        with self._errors_told():
             return self._filesystem.exists(f"{self.address}/{name}")
-        except Exception as error:  # each kind of store has its own
-            raise self._unreadable(error) from error
 
     def problem_with(self, name: str) -> str:
         """Return why a name is that of no file of this corpus; nothing if it is one.
@@ -128,34 +128,44 @@ class CorpusRoot:
     @cached_property
     def _files(self) -> frozenset[str]:
         """All files of an address: listing them once is quicker than many looks."""
-        start = self._filesystem._strip_protocol(self.address)
-        try:
+        with self._errors_told():
+            start = self._filesystem._strip_protocol(self.address)
             found = self._filesystem.find(start)
-        except Exception as error:  # each kind of store has its own
-            raise self._unreadable(error) from error
         return frozenset(name.removeprefix(f"{start}/") for name in found)
 
     @cached_property
     def _filesystem(self) -> AbstractFileSystem:
-        return url_to_fs(self.address)[0]
+        # A list that is kept would hide what others change.
+        return url_to_fs(self.address, use_listings_cache=False)[0]
 
     def _key(self, name: str) -> str:
-        return self._filesystem.ukey(f"{self.address}/{name}")
+        with self._errors_told():
+            return self._filesystem.ukey(f"{self.address}/{name}")
 
-    def _copy(self, name: str, target: Path) -> None:
+    def _copy(self, name: str, key: str, target: Path) -> None:
         if target.exists():
             return
-        half_made = target.with_name(f"{uuid.uuid4()}.{name}")
-        try:
-            self._filesystem.get_file(f"{self.address}/{name}", str(half_made))
-        except Exception as error:  # each kind of store has its own
-            raise self._unreadable(error) from error
-        # PyHealth's cache key sees the time of the file; two copies must have one.
-        os.utime(half_made, (0, 0))
-        half_made.replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as own:
+            copy = Path(own) / name
+            with self._errors_told():
+                self._filesystem.get_file(f"{self.address}/{name}", str(copy))
+            if self._key(name) != key:
+                raise OSError(
+                    f"{self.address}/{name} was changed while it was copied. Try again."
+                )
+            # PyHealth's cache key sees the time of the file; two copies must have one.
+            os.utime(copy, (0, 0))
+            copy.replace(target)
 
-    def _unreadable(self, error: Exception) -> OSError:
-        return OSError(
-            f"{self.address} cannot be read ({type(error).__name__}: {error}). Check "
-            "the address, the network and your credentials for it."
-        )
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        """Name the address where it cannot be read."""
+        try:
+            yield
+        except ImportError as error:  # it says what to install
+            raise ImportError(f"{self.address}: {error}") from error
+        except Exception as error:  # each kind of store has its own
+            raise OSError(
+                f"{self.address} cannot be read ({type(error).__name__}: {error}). "
+                "Check the address, the network and your credentials for it."
+            ) from error

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import socket
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from itertools import batched
 from pathlib import Path
 
 import litdata
 import polars as pl
-from dask.distributed import Client, as_completed
+from dask.distributed import Client
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
 from ..tasks import BaseTask
 from ..utils import set_env
 from .base_dataset import _litdata_merge, _proc_transform_fn, _task_transform_fn
+from .dask_futures import as_completed
 
 __all__ = ["process_on_cluster", "transform_on_cluster"]
 
@@ -77,23 +80,27 @@ def process_on_cluster(client: Client, task_df: Path, output_dir: Path) -> None:
 def _run(
     client: Client, function: Callable, arguments: Sequence[tuple], output_dir: Path
 ) -> None:
+    # What goes on in a worker after a failure writes here, and nowhere else.
+    attempt = output_dir / f"attempt-{uuid.uuid4()}"
+    attempt.mkdir()
     ranks = range(len(arguments))
     futures = client.map(
-        function, ranks, *zip(*arguments, strict=True), folder=output_dir, pure=False
+        function, ranks, *zip(*arguments, strict=True), folder=attempt, pure=False
     )
     try:
         with tqdm(total=len(futures), desc="parts", unit="part") as bar:
-            for future in as_completed(futures):
+            for future in as_completed(client, futures, "parts"):
                 future.result()
                 bar.update()
+        for path in attempt.iterdir():
+            if path.is_file():  # a folder is what a worker that died has begun
+                path.replace(output_dir / path.name)
+        shutil.rmtree(attempt, ignore_errors=True)
         with set_env(DATA_OPTIMIZER_NUM_WORKERS=str(len(futures))):
             _litdata_merge(output_dir)
-        for path in output_dir.iterdir():
-            if path.is_dir():  # what a worker that died has begun
-                shutil.rmtree(path, ignore_errors=True)
     except BaseException as error:
         client.cancel(futures)
-        shutil.rmtree(output_dir)
+        shutil.rmtree(output_dir, ignore_errors=True)
         if isinstance(error, KilledWorker):
             raise OSError(
                 f"{error.allowed_failures + 1} workers died while they prepared the "
@@ -119,10 +126,15 @@ def _written(folder: Path, write: Callable[[Path], None]) -> None:
 
     A worker that is taken for dead and is not writes beside the one in its place.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not there on {socket.gethostname()}: the workers must see "
+            "cache_dir under the same path."
+        )
     with _ONE_AT_A_TIME, tempfile.TemporaryDirectory(dir=folder) as name:
         own = Path(name)
-        if (folder / SCHEMA).exists():
-            shutil.copy(folder / SCHEMA, own)
+        if (schema := folder.parent / SCHEMA).exists():
+            shutil.copy(schema, own)
         with set_env(DATA_OPTIMIZER_NUM_WORKERS="1"):  # a part is whole with one list
             write(own)
         made = [path for path in own.iterdir() if path.name != SCHEMA]

@@ -16,6 +16,7 @@ from ..processors.base_processor import FeatureProcessor
 from ..tasks import BaseTask
 from ..tasks.ecg_task import ECGRecords, ECGTask
 from .base_dataset import BaseDataset
+from .corpus_root import CorpusRoot
 from .ecg_cluster import process_on_cluster, transform_on_cluster
 from .ecg_samples import CacheError, ECGSamples
 from .ptbxl_splits import RecordSplit
@@ -36,6 +37,7 @@ class ECGDataset(BaseDataset):
     Attributes:
         skipped_records: ecg_id of the records that the last ``set_task`` skipped as
             unreadable.
+        corpus: where records and tables lie.
         client: of a running Dask cluster, once it is set: ``set_task`` then prepares
             samples there. Its workers must see root and cache_dir under the same names.
 
@@ -46,6 +48,7 @@ class ECGDataset(BaseDataset):
     """
 
     event_type: str
+    corpus: CorpusRoot
     skipped_records: list[int]
     client: Client | None = None
 
@@ -156,6 +159,10 @@ class ECGDataset(BaseDataset):
             return super().set_task(task.records_task(), num_workers)
         except (json.JSONDecodeError, pickle.UnpicklingError, EOFError) as error:
             raise CacheError(str(self.cache_dir), str(error)) from error
+
+    def _init_cache_dir(self, cache_dir: str | Path | None) -> Path:
+        # Absolute: a cluster's workers have working directories of their own.
+        return super()._init_cache_dir(cache_dir).resolve()
 
     def _task_transform(
         self, task: BaseTask, output_dir: Path, num_workers: int

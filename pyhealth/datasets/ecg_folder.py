@@ -74,10 +74,10 @@ class ECGFolderDataset(ECGDataset):
         cache_dir: str | Path | None = None,
         num_workers: int = 1,
     ) -> None:
-        corpus = CorpusRoot.of(root)
-        folder = corpus.tables([TABLE], cache_dir)
+        self.corpus = CorpusRoot.of(root)
+        folder = self.corpus.tables([TABLE], cache_dir)
         self.skipped_records = []
-        self._table = _read_table(corpus, folder / TABLE)
+        self._table = _read_table(self.corpus, folder / TABLE)
         super().__init__(
             root=str(folder),
             tables=[self.event_type],
@@ -108,7 +108,7 @@ def _read_table(corpus: CorpusRoot, path: Path) -> pd.DataFrame:
             f"{corpus.address}/{TABLE} is missing. It needs the columns record, "
             "patient and label, and may have fold; see ECGFolderDataset."
         )
-    table = read_table(path, ["record", "patient", "label"])
+    table = read_table(path, ["record", "patient", "label"], strip=True)
     has_fold = "fold" in table.columns
     _check_rows(corpus, path, table, has_fold)
     result = pd.DataFrame(

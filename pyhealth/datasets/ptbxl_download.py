@@ -19,7 +19,7 @@ from urllib3.util import Retry
 
 from ..processors.wfdb_record import is_address
 
-__all__ = ["BASE_URL", "CITATION", "SUMS", "download", "read_sums"]
+__all__ = ["BASE_URL", "CITATION", "SUMS", "download", "folder_of", "read_sums"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,25 @@ TRIES = {"request": 5, "file": 2}
 HOPELESS = 20
 #: What a table may take on the disk, and the block in which a disk gives room; bytes.
 TABLE_BYTES, BLOCK = 10_000_000, 4096
+
+
+def folder_of(root: str | Path) -> Path:
+    """Return a folder's path in full.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        ValueError: if it is an address.
+
+    Examples:
+        >>> folder_of("s3://bucket/ptbxl")
+        Traceback (most recent call last):
+        ValueError: root must be a folder on the disk, got s3://bucket/ptbxl.
+    """
+    if is_address(str(root)):
+        raise ValueError(f"root must be a folder on the disk, got {root}.")
+    return Path(root).expanduser().resolve()
 
 
 def download(
@@ -88,9 +107,7 @@ def download(
         )
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}.")
-    if is_address(str(root)):
-        raise ValueError(f"root must be a folder on the disk, got {root}.")
-    root = Path(root).expanduser().resolve()
+    root = folder_of(root)
     root.mkdir(parents=True, exist_ok=True)
     is_new = not (root / SUMS).exists()
     fetcher = _Fetcher(root, base_url.format(version=version), workers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..processors.wfdb_record import disagreeing_leads, read_digital
-from .ptbxl_download import SUMS, read_sums
+from .ptbxl_download import SUMS, folder_of, read_sums
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -92,7 +92,7 @@ def verify(root: str | Path, workers: int = 8) -> VerifyReport:
     Examples:
         >>> print(verify("ptbxl"))  # doctest: +SKIP
     """
-    root = Path(root).expanduser().resolve()
+    root = folder_of(root)
     if not (root / SUMS).is_file():
         raise FileNotFoundError(
             f"{root / SUMS} is missing; PTBXLDataset.download(root) fetches it."

@@ -13,12 +13,13 @@ __all__ = ["read_table", "refuse_rows"]
 SHOWN = 10
 
 
-def read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV file in UTF-8 as text, without blanks around it.
+def read_table(path: Path, needed: Sequence[str], strip: bool = False) -> pd.DataFrame:
+    """Read a CSV file in UTF-8 as text.
 
     Args:
         path: of the file.
         needed: columns that it must have.
+        strip: take blanks away around names and cells, as people write them.
 
     Returns:
         The table; an empty cell is missing.
@@ -42,7 +43,8 @@ def read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         raise ValueError(
             f"{path} cannot be read as a table ({problem}). {again}"
         ) from error
-    table = table.rename(columns=str.strip)
+    if strip:
+        table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
     missing = [name for name in needed if name not in table.columns]
     if missing:
         found = ", ".join(table.columns)
@@ -52,7 +54,7 @@ def read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{path} has no row. {again}")
-    return table.apply(lambda column: column.str.strip()).replace("", pd.NA)
+    return table.replace("", pd.NA)
 
 
 def refuse_rows(path: Path, problems: Mapping[str, str], total: int) -> None:

@@ -152,9 +152,9 @@ class _WeightGradient(_Bilinear):
         stride, padding, _ = geometry
         size = 2 * padding + 1
         if size == 1:
-            # A matrix product. The convolution's own is quicker by a hundredth of a
-            # training step, but with torch 2.14.1 and AVX-512 it writes out of bounds
-            # (8 to 16 channels, channels last, two threads, 3 or 31 records).
+            # A matrix product: with torch 2.14.1 and AVX-512 the convolution's own
+            # writes out of bounds (8 to 16 channels, channels last, two threads, 3 or
+            # 31 records). In the time of a whole step there is no difference.
             return torch.einsum("boht,biht->oi", g, x[..., ::stride])[:, :, None, None]
         w = x.new_empty(1).expand(g.shape[1], x.shape[1], 1, size)
         return _gradients(g, x, w, geometry, (False, True, False))[1]

@@ -14,8 +14,12 @@ __all__ = ["disagreeing_leads", "is_address", "is_simple", "read_digital"]
 
 #: Format 16 of the WFDB signal format: 16 bits, the low byte first.
 SAMPLE = np.dtype("<i2")
+#: FLAC; of the other formats no sample takes less than a byte.
+COMPRESSED = ("508", "516", "524")
+#: Bytes that are no burden, whatever a header says.
+SMALL = 2**24
 #: Fields of a header's first line that a plain record does not have.
-UNUSUAL = ("n_seg", "counter_freq", "base_counter", "base_time", "base_date")
+UNUSUAL = ("counter_freq", "base_counter", "base_time", "base_date")
 
 
 def is_address(path: str) -> bool:
@@ -44,9 +48,13 @@ def read_digital(path: str) -> wfdb.Record | wfdb.MultiRecord:
 
     Returns:
         The record; of one segment, ``d_signal`` (samples, leads) holds whole numbers.
+        Comments and what does not bear on the samples (adc_res, adc_zero, init_value,
+        block_size, byte_offset) may be left out.
 
     Raises:
         FileNotFoundError: if a file is missing.
+        ValueError: if the header announces more than there is; wfdb would make room for
+            all of it first.
         Exception: whatever wfdb raises where it cannot read it.
 
     Source:
@@ -112,15 +120,17 @@ def _read_plain(path: str) -> wfdb.Record | None:
     of_record = first.groupdict()
     _check_count(of_record, len(lines) - 1)
     matches = [rx_signal.match(line) for line in lines[1:]]
-    if None in matches:
+    if of_record["n_seg"] or None in matches:
         return None
     signals = [match.groupdict() for match in matches]
+    # os.path.split and join know both kinds of path: an address has "/" everywhere.
+    folder = os.path.split(path)[0]
+    _check_room(of_record, signals, folder)
     fields = _fields(of_record, signals)
     if fields is None:
         return None
     start = int(signals[0]["byte_offset"] or 0)
-    # os.path.split and join know both kinds of path: an address has "/" everywhere.
-    content = _content(os.path.join(os.path.split(path)[0], fields["file_name"][0]))
+    content = _content(os.path.join(folder, fields["file_name"][0]))
     n_sig, sig_len = fields["n_sig"], fields["sig_len"]
     if len(content) != start + n_sig * sig_len * SAMPLE.itemsize:
         return None
@@ -136,6 +146,25 @@ def _check_count(of_record: dict[str, str], lines: int) -> None:
         raise ValueError(f"the header announces {said} {what} and describes {lines}")
 
 
+def _check_room(
+    of_record: dict[str, str], signals: list[dict[str, str]], folder: str
+) -> None:
+    """Raise if more samples are announced than the files can hold, for that reason."""
+    signals = signals[: int(of_record["n_sig"])]  # wfdb passes over further lines
+    frames = int(of_record["sig_len"] or 1)
+    said = frames * sum(int(s["samps_per_frame"] or 1) for s in signals)
+    skew = max((int(s["skew"] or 0) for s in signals), default=0)
+    if said * SAMPLE.itemsize <= SMALL and skew <= SMALL:
+        return
+    names = {s["file_name"] for s in signals if s["fmt"] not in COMPRESSED}
+    sizes = [_size(os.path.join(folder, name)) for name in names - {"~"}]
+    if names and (said > sum(sizes) or skew > frames):
+        raise ValueError(
+            f"the header announces {said} samples and a skew of {skew}, its files hold "
+            f"{sum(sizes)} bytes"
+        )
+
+
 def _fields(
     of_record: dict[str, str], signals: list[dict[str, str]]
 ) -> dict[str, str | float | list[str | int | float]] | None:
@@ -147,7 +176,8 @@ def _fields(
         and signals[0]["file_name"] != "~"
         and not any(of_record[name] for name in UNUSUAL)
         and of_record["n_sig"] == str(len(signals))
-        and all(of_record[name] for name in ("fs", "sig_len"))
+        and of_record["fs"]
+        and int(of_record["sig_len"] or 0) > 0
         and all(s["samps_per_frame"] in ("", "1") and not s["skew"] for s in signals)
         and all(s[name] for s in signals for name in ("adc_gain", "baseline", "units"))
         and all(s["checksum"] and s["sig_name"] for s in signals)
@@ -162,7 +192,7 @@ def _fields(
     return {
         "record_name": of_record["record_name"],
         "n_sig": len(signals),
-        "fs": int(rate) if rate.is_integer() else rate,
+        "fs": int(rate) if round(rate, 8).is_integer() else rate,
         "sig_len": int(of_record["sig_len"]),
         "file_name": [s["file_name"] for s in signals],
         "fmt": ["16"] * len(signals),
@@ -173,6 +203,13 @@ def _fields(
         "checksum": [int(s["checksum"]) for s in signals],
         "sig_name": [s["sig_name"] for s in signals],
     }
+
+
+def _size(path: str) -> int:
+    if is_address(path):
+        filesystem, name = url_to_fs(path)
+        return filesystem.size(name)
+    return os.path.getsize(path)
 
 
 def _content(path: str) -> bytes:

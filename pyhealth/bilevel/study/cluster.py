@@ -14,11 +14,12 @@ from pathlib import Path
 
 import dask
 import torch
-from dask.distributed import Client, Future, LocalCluster, get_worker, wait
+from dask.distributed import Client, Future, LocalCluster, get_worker
 from distributed.scheduler import KilledWorker
 from filelock import FileLock
 from tqdm import tqdm
 
+from ...datasets.dask_futures import as_completed
 from .data import PreparedData
 from .jobs import Job, StudyPlan, settings_of_job
 from .run import run
@@ -28,8 +29,6 @@ __all__ = ["Outcome", "client_of", "run_study"]
 
 #: Torch's generators and threads belong to the process, so a process runs one job.
 _ONE_AT_A_TIME = threading.Lock()
-#: Seconds after which a wait looks whether there are workers.
-CHECK_EVERY = 60
 #: What a worker process finds in its environment before it starts.
 _ENVIRONMENT = {"LITDATA_DISABLE_VERSION_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -158,7 +157,7 @@ def run_study(
         )
     with tqdm(total=len(jobs), initial=len(outcomes), desc="runs", unit="run") as bar:
         job_of = {future: job for job, future in futures.items()}
-        for future in _as_completed(client, list(job_of)):
+        for future in as_completed(client, list(job_of), "runs"):
             job = job_of.pop(future)
             outcome = _result(future, job, folder)
             # Let go of it: what is done is not done again where its worker dies.
@@ -167,26 +166,6 @@ def run_study(
             say(str(outcome))
             bar.update()
     return [outcomes[job] for job in jobs]
-
-
-def _as_completed(client: Client, waiting: list[Future]) -> Iterator[Future]:
-    """Yield futures as they end; raise where nobody is left to end them."""
-    alone = 0
-    while waiting:
-        try:
-            done = wait(waiting, timeout=CHECK_EVERY, return_when="FIRST_COMPLETED")
-        except TimeoutError:
-            alone = 0 if client.scheduler_info()["workers"] else alone + 1
-            # A worker that is started anew has had the time to come; only those of a
-            # batch system may wait in its queue for days.
-            if alone > 1 and client.cluster is not None:
-                raise OSError(
-                    f"All workers are gone, {len(waiting)} runs are left. The same "
-                    "command goes on with them."
-                ) from None
-            continue
-        yield from done.done
-        waiting = list(done.not_done)
 
 
 def _is_done(job: Job, plan: StudyPlan, data: PreparedData, folder: Path) -> bool:

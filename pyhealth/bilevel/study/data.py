@@ -78,7 +78,7 @@ def prepare(
     )
     train, val, test = dataset.set_task(task, split=split)
     description = {
-        "root": str(dataset.root),
+        "root": dataset.corpus.address,
         "digest": _digest((train, val, test)),
         "split": repr(split),
         "test_fold": test_fold,
