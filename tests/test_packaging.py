@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -114,6 +115,38 @@ def wheel_files(wheel):
 
 def test_the_wheel_holds_every_file_of_the_overlay_and_no_other(wheel):
     assert wheel_files(wheel) == OURS
+
+
+def test_the_source_distribution_holds_everything_that_a_checkout_does(tmp_path):
+    """All that is needed to run the tests and to make the documents again."""
+    folders = ("benchmarks", "docs", "examples", "pyhealth", "tests")
+    files = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile")
+    files += ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+    passed_over = shutil.ignore_patterns("__pycache__", "_build")
+    for name in folders:
+        shutil.copytree(ROOT / name, tmp_path / "a" / name, ignore=passed_over)
+    for name in files:
+        shutil.copy2(ROOT / name, tmp_path / "a")
+    expected = {
+        path.relative_to(tmp_path / "a").as_posix()
+        for path in (tmp_path / "a").rglob("*")
+        if path.is_file()
+    }
+    build = "from setuptools import build_meta; build_meta.build_sdist('../dist')"
+    run(sys.executable, "-c", build, cwd=tmp_path / "a")
+    (path,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(path) as archive:
+        names = [m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()]
+    assert expected <= set(names)
+    made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert set(names) - expected <= made
+
+
+def test_the_citation_has_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {project['version']}" in lines
+    assert f"license: {project['license']}" in lines
 
 
 def test_no_file_of_the_overlay_overwrites_one_of_pyhealth(wheel, record):
