@@ -22,7 +22,7 @@ demo: $(STAMP) ## train on a corpus written on the spot; table and pictures in o
 	$(PY) $(DEMO) --synthetic --mode bilevel --alignment_records 32 --output_dir output/demo
 
 test: $(STAMP) ## run every test with its coverage, then the style checks
-	$(PY) -m pytest --cov --cov-report=term-missing
+	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing
 	@$(MAKE) --no-print-directory lint
 
 lint: $(STAMP) ## check style and layout with ruff

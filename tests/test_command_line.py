@@ -445,7 +445,7 @@ def test_download_fetches_the_recording_that_is_read(
     calls = []
 
     def download(root, sampling_rates):
-        calls.append((root, sampling_rates))
+        calls.append((Path(root), sampling_rates))
         raise OSError("stop here")
 
     monkeypatch.setattr(PTBXLDataset, "download", download)

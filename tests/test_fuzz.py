@@ -35,5 +35,6 @@ def test_nothing_new_is_found_at_once(name, runs, tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, told
     assert f"Done {runs} runs" in done.stderr

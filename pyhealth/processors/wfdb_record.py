@@ -16,8 +16,8 @@ __all__ = ["disagreeing_leads", "is_address", "is_simple", "read_digital"]
 SAMPLE = np.dtype("<i2")
 #: FLAC; of the other formats no sample takes less than a byte.
 COMPRESSED = ("508", "516", "524")
-#: Bytes that are no burden, whatever a header says.
-SMALL = 2**24
+#: Bytes or samples that are no burden, whatever a header says.
+SMALL = 2**20
 #: Fields of a header's first line that a plain record does not have.
 UNUSUAL = ("counter_freq", "base_counter", "base_time", "base_date")
 
