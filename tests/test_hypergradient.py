@@ -715,6 +715,11 @@ def keep(params, grads):
     return dict(params), dict(grads)
 
 
+def named(value):
+    """The name of a test, without the address of a function in it."""
+    return str(value) if isinstance(value, str) else " ".join(value)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "settings, words",
@@ -738,7 +743,7 @@ class TestErrors:
             ),
             ({"method": "darts"}, "'darts' ignores train_loss"),
         ],
-        ids=str,
+        ids=named,
     )
     def test_arguments(self, settings, words):
         with pytest.raises(ValueError, match=words):
@@ -752,7 +757,7 @@ class TestErrors:
             ({"inner_step": keep}, "'darts' ignores inner_step"),
             ({"train_grads": {}}, "'darts' ignores train_grads"),
         ],
-        ids=str,
+        ids=named,
     )
     def test_darts_takes_none_of_it(self, settings, words):
         q = Quadratic()
