@@ -12,6 +12,7 @@ import pytest
 import s3fs
 import torch
 from moto.server import ThreadedMotoServer
+from records import write
 
 from pyhealth.bilevel.study.data import prepare
 from pyhealth.datasets import base_dataset
@@ -225,21 +226,9 @@ def test_a_damaged_record_in_a_store_is_left_to_wfdb_and_named(store, local):
 
 
 def test_a_record_of_another_format_in_a_store(store, tmp_path):
-    import wfdb
-
-    signal = np.random.default_rng(0).normal(size=(100, 2)).round(2)
-    wfdb.wrsamp(
-        "r",
-        fs=100,
-        units=["mV"] * 2,
-        sig_name=["I", "II"],
-        p_signal=signal,
-        fmt=["212"] * 2,
-        adc_gain=[100.0] * 2,
-        baseline=[0] * 2,
-        write_dir=str(tmp_path),
-    )
+    signal = np.random.default_rng(0).normal(size=(2, 100)).round(2)
+    write(tmp_path, signal, gain=100.0, fmt="212")
     for name in os.listdir(tmp_path):
         store.put(str(tmp_path / name), f"corpora/packed/{name}")
     out = ECGRecordProcessor(100, ["I", "II"]).process("s3://corpora/packed/r")
-    np.testing.assert_allclose(out.numpy().T, signal, atol=1e-6)
+    np.testing.assert_allclose(out.numpy(), signal, atol=1e-6)

@@ -150,6 +150,20 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_is_half_made(
     assert len(dataset.set_task(task)) == len(dataset.records())
 
 
+def test_a_part_without_a_readable_record_is_left_out(opened, client, root):
+    dataset = opened("cluster", client)
+    table = dataset.records().sort("patient_id")
+    first_part = table["patient_id"].unique().sort()[:3].to_list()
+    lost = table.filter(table["patient_id"].is_in(first_part))
+    for path in lost["record_path"]:
+        Path(f"{path}.dat").unlink()
+    samples = dataset.set_task(
+        ECGBinaryClassification("NORM", on_error="skip", **SETTINGS)
+    )
+    assert sorted(dataset.skipped_records) == sorted(lost["ecg_id"])
+    assert len(samples) == len(table) - len(lost)
+
+
 def test_records_that_are_skipped_are_listed(opened, client, root):
     dataset = opened("cluster", client)
     path = sorted(root.rglob("*.dat"))[3]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import wfdb
+from records import write
 from tblib import pickling_support
 
 from pyhealth.processors import ecg_processor, ecg_record_processor
@@ -24,23 +24,6 @@ from pyhealth.processors.ecg_record_processor import (
 
 MODES = ["lead", "record", "dataset", "none"]
 THREE = ("I", "II", "V1")
-
-
-def write(folder, signal, rate=100, leads=None, unit="mV", gain=1000.0, name="r"):
-    """Write (leads, samples) in `unit` as format 16; return its path."""
-    count = len(signal)
-    wfdb.wrsamp(
-        name,
-        fs=rate,
-        units=[unit] * count,
-        sig_name=list(leads or STANDARD_LEADS[:count]),
-        p_signal=np.asarray(signal, dtype=float).T,
-        fmt=["16"] * count,
-        adc_gain=[gain] * count,
-        baseline=[0] * count,
-        write_dir=str(folder),
-    )
-    return str(folder / name)
 
 
 def random_signal(leads=12, samples=1000, seed=0):

@@ -154,7 +154,7 @@ class _WeightGradient(_Bilinear):
         if size == 1:
             # A matrix product: with torch 2.14.1 and AVX-512 the convolution's own
             # writes out of bounds (8 to 16 channels, channels last, two threads, 3 or
-            # 31 records). In the time of a whole step there is no difference.
+            # 31 records).
             return torch.einsum("boht,biht->oi", g, x[..., ::stride])[:, :, None, None]
         w = x.new_empty(1).expand(g.shape[1], x.shape[1], 1, size)
         return _gradients(g, x, w, geometry, (False, True, False))[1]

@@ -23,6 +23,9 @@ os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 import numpy as np
 
+FUZZ = Path(__file__).parent
+#: MiB that an input may take beside what the imports do.
+ROOM = 1024
 #: 24 samples of two leads.
 SAMPLES = np.arange(-24, 24, dtype="<i2").tobytes()
 
@@ -99,13 +102,15 @@ TARGETS = {"header": header, "scp_codes": scp_codes}
 def main() -> None:
     """Fuzz one target."""
     import atheris
+    import psutil
 
     name, *rest = sys.argv[1:]
     with atheris.instrument_imports(include=["pyhealth.processors", "wfdb.io"]):
         import pyhealth.processors.ecg_record_processor
     with atheris.instrument_imports(include=["pyhealth.datasets.ptbxl"]):
         import pyhealth.datasets.ptbxl  # noqa: F401
-    atheris.Setup([sys.argv[0], *rest], TARGETS[name])
+    limit = psutil.Process().memory_info().rss // 2**20 + ROOM
+    atheris.Setup([sys.argv[0], f"-rss_limit_mb={limit}", *rest], TARGETS[name])
     atheris.Fuzz()
 
 
