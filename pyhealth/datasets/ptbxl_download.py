@@ -312,8 +312,7 @@ class _Connections:
                 raise FileNotFoundError(f"{status} {response.reason}")
             response.raise_for_status()
             with open(target, "wb") as file:
-                for chunk in response.iter_content(1 << 16):
-                    file.write(chunk)
+                file.writelines(response.iter_content(1 << 16))
 
 
 def _bytes_of(name: str) -> int:

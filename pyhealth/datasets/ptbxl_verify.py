@@ -53,10 +53,15 @@ class VerifyReport:
     def __str__(self) -> str:
         """Return the report in lines."""
         lines = [
-            f"{self.verified} files as published, {len(self.changed)} changed, "
-            f"{len(self.absent)} published ones not there, {len(self.unlisted)} others",
-            f"{self.waveforms} waveforms agree with their headers, "
-            f"{len(self.damaged)} do not",
+            (
+                f"{self.verified} files as published, {len(self.changed)} changed, "
+                f"{len(self.absent)} published ones not there, "
+                f"{len(self.unlisted)} others"
+            ),
+            (
+                f"{self.waveforms} waveforms agree with their headers, "
+                f"{len(self.damaged)} do not"
+            ),
             *(f"changed: {name}" for name in self.changed[:SHOWN]),
             *(f"{name}: {what}" for name, what in list(self.damaged.items())[:SHOWN]),
         ]
@@ -143,7 +148,8 @@ def _problem(record: str) -> str:
     """Return what is wrong with a record's waveform; nothing if all is right."""
     try:
         wrong = disagreeing_leads(read_digital(record))
-    except Exception as error:  # wfdb raises many kinds; each goes into the report
+    except Exception as error:  # noqa: BLE001
+        # wfdb raises many kinds, and each of them goes into the report.
         return f"cannot be read ({error})"
     if wrong:
         return f"lead {', '.join(wrong)} disagrees with the header's checksum"

@@ -233,7 +233,8 @@ def _run_job(
             settings = settings_of_job(job, plan, folder)
             first = job.seed == plan.seeds[0]  # the others' would look much the same
             run(settings, data, target, resume=True, pictures=first)
-        except Exception as error:  # reported, with its log; the other jobs go on
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, it is reported with its log, and the other jobs go on.
             traceback.print_exc()
             message = f"{type(error).__name__}: {error} ({target / 'run.log'})"
             return Outcome(job, "failed", message)

@@ -137,7 +137,7 @@ def _cells(row: pd.Series) -> dict:
 
     def cell(value: float, form: str, tail: str = "") -> dict:
         if value is None or math.isnan(value):
-            return {"text": "–", "value": ""}  # noqa: RUF001, a dash is meant
+            return {"text": "\N{EN DASH}", "value": ""}
         return {"text": format(value, form) + tail, "value": value}
 
     def spread(name: str) -> dict:

@@ -157,7 +157,9 @@ def bootstrap_auroc(tables: Sequence[pd.DataFrame], seed: int = 0) -> Interval:
 
     def mean(drawn: np.ndarray) -> float:
         weight = np.bincount(drawn, minlength=count)[rows_of]
-        known = [area for area in (area(weight) for area in areas) if area == area]
+        known = [
+            area for area in (area(weight) for area in areas) if not math.isnan(area)
+        ]
         return float(np.mean(known)) if known else math.nan
 
     draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
