@@ -13,10 +13,10 @@ unexport PYTHONPATH PYTHONHOME
 export LITDATA_DISABLE_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench venv clean outdated
+.PHONY: help demo test lint bench upstream-check venv clean outdated
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train on a corpus written on the spot; table and pictures in output/demo
 	$(PY) $(DEMO) --synthetic --mode bilevel --alignment_records 32 --output_dir output/demo
@@ -31,6 +31,10 @@ lint: $(STAMP) ## check style and layout with ruff
 
 bench: $(STAMP) ## time the steps of the training; result in benchmarks/results
 	$(PY) benchmarks/speed.py
+
+# PYHEALTH_SRC=folder is a checkout of PyHealth, UPSTREAM_TESTS= arguments of pytest.
+upstream-check: $(STAMP) ## check our files inside a copy of PyHealth; PATCH=file keeps the patch
+	$(PY) tools/upstream_check.py $(if $(PATCH),--patch $(PATCH))
 
 venv: $(STAMP) ## only make .venv (about 7 GB, minutes, once)
 
