@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME
 export LITDATA_DISABLE_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench upstream-check venv clean outdated
+.PHONY: help demo test lint bench upstream-check dist venv clean outdated
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,12 +36,18 @@ bench: $(STAMP) ## time the steps of the training; result in benchmarks/results
 upstream-check: $(STAMP) ## check our files inside a copy of PyHealth; PATCH=file keeps the patch
 	$(PY) tools/upstream_check.py $(if $(PATCH),--patch $(PATCH))
 
+# Without isolation: setuptools is that of .venv, and no network is needed.
+dist: $(STAMP) ## build wheel and source distribution into dist/ and check them
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+
 venv: $(STAMP) ## only make .venv (about 7 GB, minutes, once)
 
 clean: ## remove what builds, tests and the demo wrote (.venv stays)
 	rm -rf build dist ./*.egg-info .coverage .coverage.* htmlcov docs/_build output/demo
 	rm -rf .pytest_cache .ruff_cache .hypothesis
-	find pyhealth examples tests benchmarks docs -type d -name __pycache__ \
+	find pyhealth policies examples tests benchmarks docs -type d -name __pycache__ \
 		-prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is the last thing an install writes. It holds the folder it was made in,

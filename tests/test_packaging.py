@@ -22,11 +22,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = "ptbxl_ecg_classification_taskaug_resnet.py"
+#: Files of policies/ are installed in a folder of their own below pyhealth.
+POLICIES = "pyhealth/models/policies"
 OURS = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "pyhealth").rglob("*")
     if path.is_file() and "__pycache__" not in path.parts
 }
+PUBLISHED = {path.name for path in (ROOT / "policies").iterdir() if path.is_file()}
+INSTALLED = OURS | {f"{POLICIES}/{name}" for name in PUBLISHED}
 # "pyhealth/bilevel/__init__.py" is the module pyhealth.bilevel.
 MODULES = sorted(
     path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -54,6 +59,16 @@ print(json.dumps({name: spec and spec.origin for name, spec in specs.items()}))
 """
 
 
+# Prints the published policies, each of which is loaded by its name.
+IMPORT_AND_LOAD = """
+import pyhealth.bilevel
+from pyhealth.models.learned_augmentation import LearnedAugmentation
+from pyhealth.models.published_policies import published_policies
+for name in published_policies():
+    print(LearnedAugmentation.published(name).provenance["task"])
+"""
+
+
 def run(*command, cwd, **env):
     """Run a command in a bare environment and return its output; fail with it."""
     bare = {
@@ -72,7 +87,7 @@ def run(*command, cwd, **env):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -86,6 +101,9 @@ def copy_of_the_project(target):
     for name in OURS:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
+    (target / "policies").mkdir()
+    for name in PUBLISHED:
+        shutil.copy2(ROOT / "policies" / name, target / "policies")
     return target
 
 
@@ -114,13 +132,21 @@ def wheel_files(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_overlay_and_no_other(wheel):
-    assert wheel_files(wheel) == OURS
+    assert wheel_files(wheel) == INSTALLED
 
 
 def test_the_source_distribution_holds_everything_that_a_checkout_does(tmp_path):
     """All that is needed to run the tests and to make the documents again."""
-    folders = ("benchmarks", "docs", "examples", "pyhealth", "tests")
-    files = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile")
+    folders = ("benchmarks", "docs", "examples", "policies", "pyhealth", "tests")
+    folders += ("tools",)
+    files = (
+        ".pre-commit-config.yaml",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+    )
     files += ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
     passed_over = shutil.ignore_patterns("__pycache__", "_build")
     for name in folders:
@@ -142,25 +168,39 @@ def test_the_source_distribution_holds_everything_that_a_checkout_does(tmp_path)
     assert set(names) - expected <= made
 
 
-def test_the_citation_has_the_version_of_the_package():
+def test_the_citation_has_the_version_of_the_package(wheel):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "CITATION.cff").read_text().splitlines()
     assert f"version: {project['version']}" in lines
     assert f"license: {project['license']}" in lines
+    assert wheel.name.split("-")[1] == project["version"]
+    assert importlib.metadata.version("pyhealth-taskaug") == project["version"]
+
+
+def test_the_package_index_would_take_the_distributions(wheel, tmp_path):
+    """What ``make dist`` does, without a network."""
+    source = copy_of_the_project(tmp_path / "source")
+    build = ("-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source)
+    run(sys.executable, *build, cwd=tmp_path)
+    made = sorted((tmp_path / "dist").iterdir())
+    assert [path.suffix for path in made] == [".whl", ".gz"]
+    assert made[0].name == wheel.name
+    told = run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=tmp_path)
+    assert told.count("PASSED") == 2
 
 
 def test_no_file_of_the_overlay_overwrites_one_of_pyhealth(wheel, record):
     assert "pyhealth/datasets/__init__.py" in record  # the right RECORD was read
-    assert not (OURS | wheel_files(wheel)) & record
+    assert not (INSTALLED | wheel_files(wheel)) & record
 
 
 def test_folders_of_pyhealth_get_no_init_file(wheel, record):
     folders = {name.rpartition("/")[0] for name in record}
     inits = {
-        name for name in OURS | wheel_files(wheel) if name.endswith("/__init__.py")
+        name for name in INSTALLED | wheel_files(wheel) if name.endswith("/__init__.py")
     }
-    own = {"pyhealth/bilevel/__init__.py", "pyhealth/bilevel/study/__init__.py"}
-    assert inits == own
+    own = {"pyhealth/bilevel", "pyhealth/bilevel/study", POLICIES}
+    assert inits == {f"{folder}/__init__.py" for folder in own}
     assert not {name.rpartition("/")[0] for name in inits} & folders
 
 
@@ -248,17 +288,35 @@ def test_an_install_works_and_leaves_pyhealth_whole(
     for name in ("ptbxl.yaml", "ecg_folder.yaml"):
         assert (home / "pyhealth/datasets/configs" / name).is_file()
     assert (home / "pyhealth/bilevel/study/report.html.jinja").is_file()
-    run(python, "-c", "import pyhealth.bilevel", cwd=tmp_path)
+    assert run(python, "-c", IMPORT_AND_LOAD, cwd=tmp_path).split() == sorted(
+        name.removesuffix(".json") for name in PUBLISHED if name.endswith(".json")
+    )
     # PyHealth's files are as they were, and the new ones are ours and their byte-code.
     now = snapshot(site)
     assert {name: now.get(name) for name in before} == before
     added = {name for name in now.keys() - before.keys() if "__pycache__" not in name}
-    assert added == (set() if editable else OURS)
+    assert added == (set() if editable else INSTALLED)
 
     run(python, "-m", "pip", "uninstall", "--yes", "pyhealth-taskaug", cwd=tmp_path)
     assert snapshot(site) == before
     assert not (site / "pyhealth/bilevel").exists()
+    assert not (site / POLICIES).exists()
     assert locate(python, tmp_path) == absent
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(environment, wheel, tmp_path):
+    """Nothing of the checkout is on the path, and the example lies by itself."""
+    python = environment / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    shutil.copy2(ROOT / "examples" / DEMO, tmp_path)
+    small = ("--epochs", "2", "--n_records", "100", "--base_width", "4")
+    out = ("--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache")
+    told = run(python, DEMO, "--synthetic", *small, *out, cwd=tmp_path)
+    assert "test records: AUROC" in told
+    configuration = json.loads((tmp_path / "out/config.json").read_text())
+    assert configuration["versions"]["pyhealth-taskaug"] == wheel.name.split("-")[1]
+    assert (tmp_path / "out/policy.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -274,155 +332,3 @@ def test_the_checkout_on_the_path_does_not_hide_pyhealth(start, tmp_path):
     installed = importlib.metadata.distribution("pyhealth").locate_file("pyhealth")
     assert Path(origin).parent.resolve() == Path(installed).resolve()
     assert not (ROOT / "pyhealth/__init__.py").exists()
-
-
-# The Makefile's set-up, with stubs for the interpreters: nothing is installed.
-
-STUB = """#!/bin/sh
-case "$1 $2" in
-"-c "*) echo {version} "$0"; exit {status} ;;
-"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip") echo "$*" >>"{folder}/installs"; test ! -e "{folder}/offline" ;;
-esac
-"""
-UV_STUB = """#!/bin/sh
-case "$1" in
-venv) for last; do :; done; mkdir -p "$last/bin"; cp "$5" "$last/bin/python" ;;
-pip) echo "uv $*" >>"{folder}/installs" ;;
-esac
-"""
-
-
-class Checkout:
-    """A folder with the Makefile and a PATH whose interpreters are stubs."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.stubs = folder / "stubs"
-        (folder / "pyhealth").mkdir()
-        (folder / "home").mkdir()
-        for name in ("Makefile", "setup.py", "pyproject.toml"):
-            shutil.copy2(ROOT / name, folder)
-        for name in ("python3.13", "python3.12", "python3"):
-            self.stub(self.stubs / name, version="3.9")
-        self.stub(self.stubs / "uv", "#!/bin/sh\nexit 1\n")
-
-    def stub(self, path, text=STUB, version="3.9", status=0):
-        """Write a stub; with a status it fails as an unselected pyenv version does."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = text.format(folder=self.folder, version=version, status=status)
-        path.write_text(text)
-        path.chmod(0o755)
-
-    def make(self, *arguments):
-        """Run make here with the stubs in front on PATH."""
-        return subprocess.run(
-            [shutil.which("make"), *arguments],
-            cwd=self.folder,
-            env={
-                "PATH": f"{self.stubs}:{os.defpath}",
-                "HOME": str(self.folder / "home"),
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def installs(self):
-        """The install commands so far."""
-        log = self.folder / "installs"
-        return log.read_text().splitlines() if log.exists() else []
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A stubbed checkout; without make there is no Makefile to test."""
-    if shutil.which("make") is None:
-        pytest.skip("make is not on PATH")
-    return Checkout(tmp_path)
-
-
-def test_make_says_what_is_missing_when_no_interpreter_fits(checkout):
-    done = checkout.make("demo")
-    assert done.returncode != 0
-    assert "no Python 3.12 or 3.13 found" in done.stderr
-    assert "make demo PYTHON=/path/to/python3.13" in done.stderr
-    assert not (checkout.folder / ".venv").exists()
-    assert not checkout.installs()
-
-
-@pytest.mark.parametrize(
-    "fitting",
-    ["stubs/python3.12", "stubs/python3", "home/.pyenv/versions/3.13.1/bin/python"],
-)
-def test_make_passes_over_interpreters_that_do_not_run(checkout, fitting):
-    checkout.stub(checkout.stubs / "python3.13", version="3.13", status=127)
-    checkout.stub(checkout.folder / fitting, version="3.12")
-    done = checkout.make("venv")
-    assert done.returncode == 0, done.stderr
-    assert fitting.rpartition("/")[2] in done.stdout
-    assert len(checkout.installs()) == 1
-
-
-def test_make_uses_uv_where_it_runs(checkout):
-    checkout.stub(checkout.stubs / "python3.13", version="3.13")
-    checkout.stub(checkout.stubs / "uv", UV_STUB)
-    assert checkout.make("venv").returncode == 0
-    (install,) = checkout.installs()
-    assert install.startswith("uv pip install")
-    assert "--compile-bytecode -e .[test]" in install
-
-
-def test_make_installs_once_and_again_when_the_requirements_change(checkout):
-    checkout.stub(checkout.stubs / "python3.13", version="3.13")
-    (checkout.folder / "build").mkdir()
-    assert checkout.make("venv").returncode == 0
-    assert checkout.make("venv").returncode == 0
-    assert len(checkout.installs()) == 1
-    assert not (checkout.folder / "build").exists()
-    stamp = checkout.folder / ".venv/.installed"
-    later = stamp.stat().st_mtime + 10
-    os.utime(checkout.folder / "pyproject.toml", (later, later))
-    os.utime(stamp, (later - 5, later - 5))
-    kept = checkout.folder / ".venv/kept"
-    kept.touch()
-    assert checkout.make("venv").returncode == 0
-    assert len(checkout.installs()) == 2
-    assert kept.exists()  # brought up to date in place
-
-
-def test_make_repairs_an_interrupted_install(checkout):
-    checkout.stub(checkout.stubs / "python3.13", version="3.13")
-    (checkout.folder / "offline").touch()
-    assert checkout.make("venv").returncode != 0
-    half = checkout.folder / ".venv/lib/half"
-    half.mkdir(parents=True)
-    (checkout.folder / "offline").unlink()
-    assert checkout.make("venv").returncode == 0
-    assert not half.exists()
-    assert len(checkout.installs()) == 2
-
-
-@pytest.mark.parametrize("harm", ["moved checkout", "lost interpreter"])
-def test_make_replaces_an_environment_that_no_longer_fits(checkout, harm):
-    checkout.stub(checkout.stubs / "python3.13", version="3.13")
-    assert checkout.make("venv").returncode == 0
-    old = checkout.folder / ".venv/old"
-    old.touch()
-    if harm == "moved checkout":
-        (checkout.folder / ".venv/.installed").write_text("/elsewhere\n")
-    else:
-        (checkout.folder / ".venv/bin/python").unlink()
-    assert checkout.make("venv").returncode == 0
-    assert not old.exists()
-    assert len(checkout.installs()) == 2
-
-
-def test_make_installs_into_an_environment_made_by_hand(checkout):
-    checkout.stub(checkout.folder / ".venv/bin/python", version="3.13")
-    theirs = checkout.folder / ".venv/theirs"
-    theirs.touch()
-    assert checkout.make("venv").returncode == 0
-    assert theirs.exists()
-    assert len(checkout.installs()) == 1

@@ -57,7 +57,9 @@ LEFT_OUT: dict[str, str] = {
     "test_properties.py": "shares targets and corpus with the fuzzer",
     "test_benchmarks.py": "compares docs/ with benchmarks/results, which stay here",
     "test_results.py": "compares docs/results.md with the stored studies",
-    "test_packaging.py": "is about this distribution and its Makefile",
+    "test_packaging.py": "is about this distribution",
+    "test_makefile.py": "is about the Makefile",
+    "test_published_policies.py": "compares policies with cards and docs/policies.md",
     "test_readme.py": "is about README.md",
     "test_docs.py": (
         "looks at every module below pyhealth/, in the copy PyHealth's too; the "

@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .drawn_augmentation import DrawnAugmentation
+from .published_policies import published_policy
 from .taskaug_policy import PolicyDraw, TaskAugPolicy
 
 __all__ = ["LearnedAugmentation"]
@@ -89,6 +91,37 @@ class LearnedAugmentation(nn.Module):
             ValueError: if it is no policy file, of another version, or damaged.
         """
         return cls(TaskAugPolicy.load(path), sampling_rate, magnitudes)
+
+    @classmethod
+    def published(
+        cls,
+        name: str,
+        sampling_rate: float | None = None,
+        magnitudes: Literal["class", "mean"] = "class",
+    ) -> Self:
+        """Return a policy that comes with the package.
+
+        Its card, ``policies/<name>.md`` in the repository, says what it was learned on,
+        how it scored and what it cannot do.
+
+        Args:
+            name: the label that it was learned for, one of
+                :func:`~pyhealth.models.published_policies.published_policies`.
+            sampling_rate: see the class.
+            magnitudes: see the class.
+
+        Returns:
+            The transform, on the CPU.
+
+        Raises:
+            ValueError: if there is no such policy, or an argument is outside its range.
+
+        Examples:
+            >>> augment = LearnedAugmentation.published("MI", sampling_rate=500)
+            >>> augment(torch.randn(2, 12, 5000), torch.tensor([0, 1])).shape
+            torch.Size([2, 12, 5000])
+        """
+        return cls(published_policy(name), sampling_rate, magnitudes)
 
     @property
     def sampling_rate(self) -> float:
@@ -173,6 +206,22 @@ class LearnedAugmentation(nn.Module):
             return x
         self._check(x)
         return self.apply(x, labels, self.sample(x.shape, generator))
+
+    def exportable(self) -> DrawnAugmentation:
+        """Return the same augmentation as ``torch.export`` takes it.
+
+        Returns:
+            A module of signals, labels and a draw of its own kind. It shares the
+            buffers and does not check labels; 0.5 for all is ``magnitudes="mean"``.
+
+        Examples:
+            >>> augment = LearnedAugmentation(TaskAugPolicy(1, sampling_rate=100))
+            >>> module = augment.exportable()
+            >>> x, labels = torch.randn(3, 12, 100), torch.zeros(3)
+            >>> module(x, labels, module.sample(x.shape)).shape
+            torch.Size([3, 12, 100])
+        """
+        return DrawnAugmentation(self._policy)
 
     def extra_repr(self) -> str:
         """Return the settings shown by ``repr``."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from ..datasets import SampleDataset
 from .base_model import BaseModel
+from .ecg_classifier import ECGClassifier
 from .resnet_1d import _ResNet1D
 from .taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
 
@@ -61,6 +64,8 @@ class TaskAugResNet(BaseModel):
         >>> ecg, label = torch.randn(2, 12, 200), torch.tensor([[0.0], [1.0]])
         >>> sorted(model(ecg=ecg, label=label))
         ['logit', 'loss', 'y_prob', 'y_true']
+        >>> model.classifier()(ecg).shape
+        torch.Size([2, 1])
     """
 
     def __init__(
@@ -126,6 +131,18 @@ class TaskAugResNet(BaseModel):
             for name, parameter in self.named_parameters()
             if name.startswith("backbone.")
         }
+
+    def classifier(self) -> ECGClassifier:
+        """Return a copy of the classifier alone: signals in, probabilities out.
+
+        Returns:
+            A module in eval mode on the model's device, without dataset and policy,
+            which ``torch.export`` and ONNX take.
+
+        Raises:
+            ValueError: if the label is neither binary nor of several classes or labels.
+        """
+        return ECGClassifier(copy.deepcopy(self.backbone), self.mode).eval()
 
     def forward(self, **kwargs: Tensor) -> dict[str, Tensor]:
         """Classify a batch, augmented if training with labels.
