@@ -193,12 +193,11 @@ def synthetic_root(arguments: argparse.Namespace) -> Path:
     """Return the folder of the invented corpus, written on the first call."""
     import platformdirs
 
-    from pyhealth.datasets import ptbxl_synthetic, ptbxl_synthetic_tables
+    from pyhealth.datasets import ptbxl_synthetic
 
-    code = b"".join(
-        Path(module.__file__).read_bytes()
-        for module in (ptbxl_synthetic, ptbxl_synthetic_tables)
-    )
+    folder = Path(ptbxl_synthetic.__file__).parent
+    sources = sorted(folder.glob("ptbxl_synthetic*.py"))
+    code = b"".join(source.read_bytes() for source in sources)
     version = hashlib.sha256(code).hexdigest()[:8]
     cache = arguments.cache_dir or platformdirs.user_cache_path("pyhealth")
     root = Path(cache) / f"ptbxl_synthetic_{SYNTHETIC_PATIENTS}_{version}"

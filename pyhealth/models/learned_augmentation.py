@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .taskaug_policy import PolicyDraw, TaskAugPolicy
+from .policy_draw import PolicyDraw
+from .taskaug_policy import TaskAugPolicy
 
 __all__ = ["LearnedAugmentation"]
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from ..datasets import SampleDataset
 from .base_model import BaseModel
 from .resnet_1d import _ResNet1D
-from .taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
+from .taskaug_policy import TaskAugPolicy
 
-__all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy", "TaskAugResNet"]
+__all__ = ["TaskAugPolicy", "TaskAugResNet"]
 
 
 class TaskAugResNet(BaseModel):
