@@ -422,7 +422,9 @@ def test_outer_step_changes_nothing_beside_the_inner_one(
     assert flattened(gradient).norm() > 0
     assert loss.equal(expected_loss)
     # weights, running statistics, optimiser and .grad: as after the inner step alone
-    assert_same_bytes(step.classifier.model.state_dict(), plain.classifier.model.state_dict())
+    assert_same_bytes(
+        step.classifier.model.state_dict(), plain.classifier.model.state_dict()
+    )
     assert_same_bytes(gradients(step), gradients(plain))
     of_step, of_plain = (one.optimizer.state_dict()["state"] for one in (step, plain))
     for index, state in of_plain.items():
@@ -928,6 +930,7 @@ def test_alignment_is_the_expected_effect_of_real_optimiser_steps(dataset, monke
     of_logits = probability * (total - probability @ total)
     others = (effects.sum(dim=0) - effects) / (len(effects) - 1)
     moved = (signs * (effects - others)).sum(dim=1) / MAGNITUDE_STEP
+    movable = torch.tensor([op.high > op.low for op in policy.operations])
     of_magnitudes = torch.where(movable, probability * moved, 0)
     for name, expected in (("logits", of_logits), ("mag_neg", of_magnitudes)):
         assert expected.norm() > 1e-8

@@ -61,8 +61,8 @@ def events(
         >>> made = events(
         ...     table, root="/x", sampling_rate=100, names_of=names, min_likelihood=0
         ... )
-        >>> made.loc[0, ["patient_id", "mi", "record_path"]].tolist()
-        ['15709', 1, '/x/records100/1_lr']
+        >>> made[["patient_id", "mi", "record_path"]].astype(str).loc[0].tolist()
+        ['15709', '1', '/x/records100/1_lr']
     """
     needed = [*NEEDED, PATH_COLUMNS[sampling_rate]]
     missing = [name for name in needed if name not in frame.columns]
