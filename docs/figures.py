@@ -47,26 +47,12 @@ def draw_overview(path: Path) -> None:
     _box(ax, 0.1, 2.9, 1.9, 1.0, "training batch\nECGs and labels", "#EFEFEF")
     _box(ax, 2.7, 2.9, 2.0, 1.0, "policy φ\ndraws an operation\na record", "#FFE3CC")
     _box(ax, 5.4, 2.9, 1.9, 1.0, "classifier w\ntraining loss", "#D6E8F5")
-    _box(
-        ax,
-        8.0,
-        2.9,
-        2.8,
-        1.0,
-        "inner step\n$w' = w - u(\\nabla_w L_{train})$",
-        "#D6E8F5",
-    )
+    inner = "inner step\n$w' = w - u(\\nabla_w L_{train})$"
+    _box(ax, 8.0, 2.9, 2.8, 1.0, inner, "#D6E8F5")
     _box(ax, 0.1, 0.5, 1.9, 1.0, "validation batch\nnever augmented", "#EFEFEF")
     _box(ax, 5.4, 0.5, 1.9, 1.0, "classifier $w'$\nvalidation loss", "#D6E8F5")
-    _box(
-        ax,
-        8.0,
-        0.5,
-        2.8,
-        1.0,
-        "hypergradient\n$dL_{val}(w'(\\phi))\\,/\\,d\\phi$",
-        "#FFE3CC",
-    )
+    outer = "hypergradient\n$dL_{val}(w'(\\phi))\\,/\\,d\\phi$"
+    _box(ax, 8.0, 0.5, 2.8, 1.0, outer, "#FFE3CC")
     for start, end in (
         ((2.0, 3.4), (2.7, 3.4)),
         ((4.7, 3.4), (5.4, 3.4)),

@@ -17,7 +17,16 @@ PAGES = {page.name: page for page in sorted(DOCS.glob("*.md"))}
 #: Languages of blocks that are no code to run: output, data.
 NOT_RUN = {"text", "", "{toctree}", "{include}", "{literalinclude}"}
 #: Commands of other tools, in the shell blocks of the pages that explain them.
-OTHER_COMMANDS = ("make", "pip", "python benchmarks", "cd", "git", "torchrun", "sbatch")
+OTHER_COMMANDS = (
+    "make",
+    "pip",
+    "python benchmarks",
+    "python examples",
+    "cd",
+    "git",
+    "torchrun",
+    "sbatch",
+)
 
 
 def blocks(page):
@@ -40,8 +49,7 @@ def test_every_block_is_of_a_language_that_is_tested(page):
 
 
 @pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if any(lang == "python" for lang, _ in blocks(page))],
+    "page", [page for page in PAGES if "python" in dict(blocks(page))]
 )
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -51,9 +59,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
             exec(compile(code, page, "exec"), names)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(lang == "sh" for lang, _ in blocks(page))]
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if "sh" in dict(blocks(page))])
 def test_the_commands_of_a_page_are_those_that_there_are(page, parse_arguments):
     for language, code in blocks(page):
         if language != "sh":
