@@ -30,7 +30,6 @@ html_title = "pyhealth-taskaug"
 html_static_path = ["_static"]
 html_css_files = ["wide_tables.css"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_custom_sections = ["Cite", "Convention"]
