@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME
 export LITDATA_DISABLE_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench upstream-check dist venv clean outdated
+.PHONY: help demo test test-fast lint docs bench upstream-check dist venv clean outdated
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -25,9 +25,15 @@ test: $(STAMP) ## run every test with its coverage, then the style checks
 	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing
 	@$(MAKE) --no-print-directory lint
 
+test-fast: $(STAMP) ## run the tests that take less than seconds each
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+
 lint: $(STAMP) ## check style and layout with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+docs: $(STAMP) ## build the documentation into docs/_build/html; warnings are errors
+	$(PY) -m sphinx -W --keep-going docs docs/_build/html
 
 bench: $(STAMP) ## time the steps of the training; result in benchmarks/results
 	$(PY) benchmarks/speed.py
@@ -45,8 +51,8 @@ dist: $(STAMP) ## build wheel and source distribution into dist/ and check them
 venv: $(STAMP) ## only make .venv (about 7 GB, minutes, once)
 
 clean: ## remove what builds, tests and the demo wrote (.venv stays)
-	rm -rf build dist ./*.egg-info .coverage .coverage.* htmlcov docs/_build output/demo
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist ./*.egg-info .coverage .coverage.* htmlcov output/demo
+	rm -rf docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis
 	find pyhealth policies examples tests benchmarks docs -type d -name __pycache__ \
 		-prune -exec rm -rf {} + 2>/dev/null || true
 

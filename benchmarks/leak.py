@@ -75,20 +75,21 @@ def main() -> None:
                     "seed": seed,
                     "epochs": arguments.epochs,
                 }
-                if job in rows:
-                    continue
-                target = Path(folder) / name / str(seed)
-                run(replace(base, seed=seed, **changes), data, target)
-                metrics = json.loads((target / "metrics.json").read_text())
-                rows.append(
-                    job
-                    | {
-                        "leak_auroc": metrics["leak_auroc"],
-                        "val_auroc": metrics["val"]["roc_auc"],
-                        "test_auroc": metrics["test"]["roc_auc"],
-                    }
-                )
+                if job not in rows:
+                    target = Path(folder) / name / str(seed)
+                    run(replace(base, seed=seed, **changes), data, target)
+                    rows.append(job | scores_of(target))
     print(document(rows))
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    """Read what the table needs of a run."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {
+        "leak_auroc": metrics["leak_auroc"],
+        "val_auroc": metrics["val"]["roc_auc"],
+        "test_auroc": metrics["test"]["roc_auc"],
+    }
 
 
 def document(rows: Iterable[Mapping]) -> str:

@@ -13,7 +13,8 @@ from rows import Rows
 from torch import Tensor
 from tqdm import tqdm
 
-from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
+from pyhealth.bilevel.classifier import classifier_parameters
+from pyhealth.bilevel.step import BiLevelStep
 
 #: Epochs of the run with the uniform policy at whose ends the estimators are asked.
 CHECKPOINTS = (8,)

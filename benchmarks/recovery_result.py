@@ -74,17 +74,13 @@ def run_result(
             on_hypergradient=random_signs if control else None,
             **{**settings, **changed},
         )
-        policy = trainer.policy.to_frame()
+        policy = trainer.policy.to_frame().set_index("operation")
         rows.append(
             {
                 **job,
                 "auroc": scores.mean(),
-                "probability": dict(
-                    zip(policy["operation"], policy["probability"], strict=True)
-                ),
-                "magnitude": dict(
-                    zip(policy["operation"], policy["magnitude_neg"], strict=True)
-                ),
+                "probability": policy["probability"].to_dict(),
+                "magnitude": policy["magnitude_neg"].to_dict(),
                 "p_value": trainer.policy_p_value,
                 "snr": [row["hypergradient_snr"] for row in trainer.history],
                 "seconds": time.perf_counter() - started,

@@ -32,7 +32,8 @@ from authors_design import AuthorsDesign, Conv1dResNet
 from markdown_table import markdown
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
+from pyhealth.bilevel.classifier import classifier_parameters
+from pyhealth.bilevel.step import BiLevelStep
 from pyhealth.datasets import create_sample_dataset
 from pyhealth.models.taskaug_resnet import TaskAugResNet
 

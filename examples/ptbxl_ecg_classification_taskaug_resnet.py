@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # PyHealth is imported inside the functions: its Dask workers import this script again.
@@ -33,14 +34,34 @@ DEFAULTS = {
 }
 
 
+#: ``add_argument`` of a group of arguments.
+type Add = Callable[..., argparse.Action]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and fill in what depends on the corpus."""
     parser = argparse.ArgumentParser(
         description="Train an ECG classifier with a learned augmentation (TaskAug).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
+    add_data_arguments(parser)
+    add_training_arguments(parser.add_argument_group("training").add_argument)
+    add_policy_arguments(parser.add_argument_group("augmentation policy").add_argument)
+    add_study_arguments(parser.add_argument_group("studies").add_argument)
+    add_output_arguments(parser.add_argument_group("output").add_argument)
+    arguments = parser.parse_args(argv)
+    check_together(parser, arguments)
+    for name, value in DEFAULTS["synthetic" if arguments.synthetic else "real"].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which records and labels."""
+    group = parser.add_argument_group("records and labels")
+    add = group.add_argument
+    source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--data_root", help="folder of PTB-XL, or its address (s3://bucket/ptbxl)"
     )
@@ -62,11 +83,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=["MI"],
         help="superclass to find, several in a study; or a group of labels at once",
     )
-    add("--mode", choices=MODES, default="bilevel", help="what to run")
-    add("--epochs", type=int, default=10, help="passes over the training records")
-    add("--batch_size", type=int, default=64, help="records a step")
-    add("--lr", type=float, default=1e-3, help="learning rate of the weights")
-    add("--policy_stages", type=int, default=2, help="stages K of the policy")
     add("--sampling_rate", type=int, help="hertz; 250, or 100 with --synthetic")
     add("--length", type=int, help="samples of a signal; ten seconds")
     add(
@@ -78,6 +94,49 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--leads", help="of your own records, such as I,II,V5; the twelve standard ones"
     )
+    add(
+        "--n_records",
+        type=int,
+        nargs="+",
+        help="draw a cohort of this size; all records; a study takes several sizes",
+    )
+    add(
+        "--protocol",
+        choices=("patient", "paper"),
+        default="patient",
+        help="how a cohort is drawn; 'paper' draws records, as the authors did",
+    )
+    add("--cache_dir", help="where prepared data are kept; the user's cache")
+
+
+def add_training_arguments(add: Add) -> None:
+    """Add what says how the classifier is trained."""
+    add("--mode", choices=MODES, default="bilevel", help="what to run")
+    add("--epochs", type=int, default=10, help="passes over the training records")
+    add("--batch_size", type=int, default=64, help="records a step")
+    add("--lr", type=float, default=1e-3, help="learning rate of the weights")
+    add(
+        "--base_width", type=int, help="width of the ResNet; 64, or 16 with --synthetic"
+    )
+    add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
+    add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
+    add(
+        "--reestimate_statistics",
+        action="store_true",
+        help="evaluate with BatchNorm statistics of the clean training records",
+    )
+    add("--device", help="cpu or cuda; the best there is")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
+    )
+
+
+def add_policy_arguments(add: Add) -> None:
+    """Add what says how the policy is learned."""
+    add("--policy_stages", type=int, default=2, help="stages K of the policy")
     add("--outer_lr", type=float, default=3e-2, help="learning rate of the policy")
     add(
         "--hypergradient",
@@ -99,20 +158,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--outer_every", type=int, default=1, help="inner steps a step of the policy")
     add("--warmup_epochs", type=int, default=1, help="epochs before the policy moves")
-    add(
-        "--n_records",
-        type=int,
-        nargs="+",
-        help="draw a cohort of this size; all records; a study takes several sizes",
-    )
-    add(
-        "--protocol",
-        choices=("patient", "paper"),
-        default="patient",
-        help="how a cohort is drawn; 'paper' draws records, as the authors did",
-    )
-    add("--seed", type=int, default=0, help="of cohort, weights, order and draws")
-    add("--num_seeds", type=int, default=1, help="repetitions with further seeds")
+    add("--policy_from", help="policy.json of another run, to use as it is")
+
+
+def add_study_arguments(add: Add) -> None:
+    """Add what says what a study compares, and where it runs."""
     add(
         "--configurations",
         metavar="LETTERS",
@@ -125,12 +175,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--workers", type=int, help="processes of a study; one a core")
     add("--scheduler", help="address of a running Dask scheduler for a study")
-    add("--policy_from", help="policy.json of another run, to use as it is")
-    add(
-        "--reestimate_statistics",
-        action="store_true",
-        help="evaluate with BatchNorm statistics of the clean training records",
-    )
+
+
+def add_output_arguments(add: Add) -> None:
+    """Add what says where a run writes, and how it goes on."""
     add("--output_dir", default="output/taskaug", help="where to write")
     add(
         "--resume",
@@ -143,18 +191,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="STEPS",
         help="write checkpoints within epochs too; after each epoch only",
     )
-    add("--cache_dir", help="where prepared data are kept; the user's cache")
-    add(
-        "--base_width", type=int, help="width of the ResNet; 64, or 16 with --synthetic"
-    )
-    add("--device", help="cpu or cuda; the best there is")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the training; bf16 is fast on GPUs and CPUs that compute in it",
-    )
-    arguments = parser.parse_args(argv)
+
+
+def check_together(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    """Refuse arguments that do not go together."""
     sources = (arguments.data_root, arguments.records_root, arguments.synthetic)
     if not any(sources) and arguments.mode != "report":
         parser.error("give --data_root FOLDER, --records_root FOLDER or --synthetic")
@@ -183,22 +225,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ]
     if several:
         parser.error(f"--mode={arguments.mode} takes one --{several[0]}")
-    for name, value in DEFAULTS["synthetic" if arguments.synthetic else "real"].items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
 
 
 def synthetic_root(arguments: argparse.Namespace) -> Path:
     """Return the folder of the invented corpus, written on the first call."""
     import platformdirs
 
-    from pyhealth.datasets import ptbxl_synthetic, ptbxl_synthetic_tables
+    from pyhealth.datasets import ptbxl_synthetic
 
-    code = b"".join(
-        Path(module.__file__).read_bytes()
-        for module in (ptbxl_synthetic, ptbxl_synthetic_tables)
-    )
+    folder = Path(ptbxl_synthetic.__file__).parent
+    sources = sorted(folder.glob("ptbxl_synthetic*.py"))
+    code = b"".join(source.read_bytes() for source in sources)
     version = hashlib.sha256(code).hexdigest()[:8]
     cache = arguments.cache_dir or platformdirs.user_cache_path("pyhealth")
     root = Path(cache) / f"ptbxl_synthetic_{SYNTHETIC_PATIENTS}_{version}"

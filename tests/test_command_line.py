@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import pyhealth
 from pyhealth.bilevel import BiLevelTrainer
+from pyhealth.bilevel.epoch import EpochRunner
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS
 from pyhealth.bilevel.study.data import PreparedData, prepare
 from pyhealth.bilevel.study.settings import RunSettings
@@ -324,14 +325,14 @@ def test_an_error_is_one_sentence(run, tmp_path, capsys, arguments, words):
 
 
 def test_a_failing_run_keeps_what_it_had_written(run, tmp_path, capsys, monkeypatch):
-    original = BiLevelTrainer._run_epoch
+    original = EpochRunner.epoch
 
-    def second_fails(trainer, epoch, *arguments):
-        if epoch == 1:
+    def second_fails(runner):
+        if runner.run.epoch == 1:
             raise ArithmeticError("The training loss is nan in epoch 1.")
-        original(trainer, epoch, *arguments)
+        original(runner)
 
-    monkeypatch.setattr(BiLevelTrainer, "_run_epoch", second_fails)
+    monkeypatch.setattr(EpochRunner, "epoch", second_fails)
     assert run(tmp_path) == 2
     assert "nan in epoch 1" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "history.csv")) == 1
@@ -400,13 +401,13 @@ def test_resume_refuses_another_run(finished, run, capsys, arguments, words):
 
 
 def test_a_signal_is_the_exit_code(run, tmp_path, capsys, monkeypatch):
-    original = BiLevelTrainer._run_epoch
+    original = EpochRunner.epoch
 
-    def stopped(trainer, epoch, *arguments):
+    def stopped(runner):
         signal.raise_signal(signal.SIGTERM)
-        original(trainer, epoch, *arguments)
+        original(runner)
 
-    monkeypatch.setattr(BiLevelTrainer, "_run_epoch", stopped)
+    monkeypatch.setattr(EpochRunner, "epoch", stopped)
     assert run(tmp_path) == 143
     assert "same command with --resume" in capsys.readouterr().err
     assert list((tmp_path / "checkpoints").glob("step-00000001.ckpt"))

@@ -23,10 +23,11 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from pyhealth.bilevel import BiLevelTrainer, hypergradient, inner_step_of
+from pyhealth.bilevel.classifier import classifier_parameters
 from pyhealth.bilevel.distributed import Processes
 from pyhealth.bilevel.interruption import TrainingInterrupted
 from pyhealth.bilevel.outer_loss import OUTER_LOSSES
-from pyhealth.bilevel.step import BiLevelStep, classifier_parameters
+from pyhealth.bilevel.step import BiLevelStep
 from pyhealth.datasets import create_sample_dataset, get_dataloader
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
@@ -193,7 +194,7 @@ def reference(dataset, norm, batch, val_batch, **settings):
     share is normalised by itself and the loss is the mean over the records.
     """
     step = step_of(dataset, norm, 0, **settings)
-    model, policy = step.model, step.policy
+    model, policy = step.classifier.model, step.policy
     batches, val_batches = shares_of(batch), shares_of(val_batch)
     draws = [
         policy.sample(
@@ -285,7 +286,7 @@ def test_two_processes_give_the_hypergradient_of_the_union_batch(
         loss, gradient = step.inner_and_outer(
             processes.share(batch, 9), processes.share(val_batch, 7)
         )
-        state = step.model.state_dict()
+        state = step.classifier.model.state_dict()
         return {
             "loss": loss.tolist(),
             "gradient": {k: v.tolist() for k, v in gradient.items()},

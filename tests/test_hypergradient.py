@@ -21,7 +21,8 @@ from torch.optim import SGD, Adam, AdamW
 
 from pyhealth.bilevel import hypergradient, inner_step_of
 from pyhealth.bilevel.hypergradient import METHODS
-from pyhealth.models.taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
+from pyhealth.models.policy_draw import PolicyDraw, StageDraw
+from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.models.taskaug_resnet import _ResNet1D
 
 bce = nn.functional.binary_cross_entropy_with_logits

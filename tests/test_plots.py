@@ -15,14 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pyhealth.bilevel import plots
-from pyhealth.bilevel.plots import (
-    STANDARD_LEADS,
-    plot_ecg,
-    plot_learning_curves,
-    plot_policy,
-    plot_roc_pr,
-)
+from pyhealth.bilevel import ecg_paper, plots
+from pyhealth.bilevel.ecg_paper import PRINTED_LEADS, plot_ecg
+from pyhealth.bilevel.plots import plot_learning_curves, plot_policy, plot_roc_pr
 
 NAN = float("nan")
 OPS = ("gaussian_noise", "time_mask", "temporal_displacement", "no_op")
@@ -43,7 +38,8 @@ def drawn(monkeypatch):
         figures.append(figure)
         return write(figure, path)
 
-    monkeypatch.setattr(plots, "write_png", keep)
+    for module in (plots, ecg_paper):
+        monkeypatch.setattr(module, "write_png", keep)
     return figures
 
 
@@ -371,8 +367,8 @@ class TestEcg:
         plot_ecg([signal], tmp_path / "a.png", sampling_rate=100)
         (ax,) = drawn[0].axes
         lines = traces(ax, 13)
-        names = [text for text in texts(ax) if text in STANDARD_LEADS]
-        assert names == [*STANDARD_LEADS, "II"]
+        names = [text for text in texts(ax) if text in PRINTED_LEADS]
+        assert names == [*PRINTED_LEADS, "II"]
         levels = []
         for i, line in enumerate(lines):
             start = 250 * (i // 3) if i < 12 else 0
@@ -387,7 +383,7 @@ class TestEcg:
         assert all(level % 5 == pytest.approx(0) for level in rows[0])
 
         order = np.random.default_rng(1).permutation(12)
-        upper = [STANDARD_LEADS[i].upper() for i in order]
+        upper = [PRINTED_LEADS[i].upper() for i in order]
         other = plot_ecg(
             [torch.from_numpy(signal[order])], tmp_path / "b.png",
             sampling_rate=100, lead_names=upper,
@@ -395,7 +391,7 @@ class TestEcg:
         assert other.read_bytes() == (tmp_path / "a.png").read_bytes()
 
     @pytest.mark.parametrize("high", [0.1, 1.0, 4.0])
-    @pytest.mark.parametrize("leads", [STANDARD_LEADS, ("I", "II", "chest")])
+    @pytest.mark.parametrize("leads", [PRINTED_LEADS, ("I", "II", "chest")])
     def test_nothing_is_clipped_and_rows_do_not_meet(
         self, drawn, tmp_path, high, leads
     ):
@@ -403,7 +399,7 @@ class TestEcg:
         signals[1][0, 5] = NAN
         plot_ecg(signals, tmp_path / "a.png", sampling_rate=100, lead_names=leads)
         (ax,) = drawn[0].axes
-        segments = plots._segments(leads, 1000)
+        segments = ecg_paper._segments(leads, 1000)
         spans = {}
         for line, segment in zip(ax.lines, segments, strict=False):
             spans.setdefault(segment[0], []).append(line.get_ydata())
@@ -473,11 +469,3 @@ class TestEcg:
         with pytest.raises(ValueError, match=message):
             plot_ecg(signals, tmp_path / "a.png", **options)
         assert not list(tmp_path.iterdir())
-
-
-def test_examples_in_the_docstrings_run():
-    import doctest
-
-    result = doctest.testmod(plots)
-    assert result.attempted >= 8 and result.failed == 0
-    assert Path(plots.__file__).name == "plots.py"

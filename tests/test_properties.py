@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import write
 
-from pyhealth.datasets.ptbxl import parse_scp_codes, statement_names
 from pyhealth.datasets.ptbxl_download import read_sums
+from pyhealth.datasets.ptbxl_statements import parse_scp_codes, statement_names
 from pyhealth.datasets.ptbxl_table import check_table
 from pyhealth.processors.ecg_record_processor import ECGRecordProcessor, RecordError
 

@@ -19,7 +19,8 @@ import torch
 import wfdb
 
 from pyhealth.datasets import base_dataset
-from pyhealth.datasets.ptbxl import PTBXLDataset, parse_scp_codes, statement_names
+from pyhealth.datasets.ptbxl import PTBXLDataset
+from pyhealth.datasets.ptbxl_statements import parse_scp_codes, statement_names
 from pyhealth.processors.ecg_processor import ECGProcessor
 from pyhealth.processors.ecg_record_processor import STANDARD_LEADS
 from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification

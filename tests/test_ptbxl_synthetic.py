@@ -16,18 +16,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from pyhealth.datasets import ptbxl_synthetic, ptbxl_synthetic_tables
+from pyhealth.datasets import ptbxl_synthetic, ptbxl_synthetic_heart
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
+from pyhealth.datasets.ptbxl_synthetic_heart import (
+    Body,
+    Session,
+    frontal_axis,
+    synthesise,
+)
 from pyhealth.datasets.ptbxl_synthetic_tables import (
     EFFECTS,
     LEADS,
     PHRASES,
     SUBTYPES,
     SUPERCLASSES,
-    Body,
-    Session,
-    frontal_axis,
-    synthesise,
 )
 
 # The published header, typed from the data set's description, not from our tables.
@@ -190,7 +192,7 @@ def test_statements_table(corpus):
 
 def test_sub_folder_is_the_thousand(tmp_path, monkeypatch):
     flat = np.zeros((12, 5000))
-    monkeypatch.setattr(ptbxl_synthetic_tables, "synthesise", lambda *_: flat)
+    monkeypatch.setattr(ptbxl_synthetic, "synthesise", lambda *_: flat)
     monkeypatch.setattr(ptbxl_synthetic, "resample_poly", lambda x, *_, **__: x[:, ::5])
     root = write_synthetic_ptbxl(tmp_path, 900, sampling_rates=[100])
     table = read_table(root)
@@ -374,7 +376,7 @@ def test_noise_of_one_electrode_reaches_the_leads_that_use_it(monkeypatch):
     def with_noise(left_arm):
         noise = np.zeros((9, 5000))
         noise[1] = left_arm
-        monkeypatch.setattr(ptbxl_synthetic_tables, "_noise", lambda *_: noise)
+        monkeypatch.setattr(ptbxl_synthetic_heart, "_noise", lambda *_: noise)
         return synthesise(Session(Body(), {}), np.random.default_rng(0))
 
     share = np.array([1, 0, -1, -0.5, 1, -0.5, *[-1 / 3] * 6])  # Einthoven, Wilson

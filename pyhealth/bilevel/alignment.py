@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..models.taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
-from .hypergradient import Tensors, refuse_once_differentiable
+from ..models.policy_draw import PolicyDraw
+from ..models.taskaug_policy import TaskAugPolicy
+from .second_derivatives import refuse_once_differentiable
+from .types import Tensors
 
 __all__ = ["RecordLosses", "alignment_gradient", "magnitude_signs"]
 
@@ -193,7 +195,8 @@ def _of_stage(
     value = slope.mean(dim=1)
     result = {"logits": -probability * (value - probability @ value)}
     others = (slope.sum(dim=0) - slope) / max(len(slope) - 1, 1)
-    weight = probability * policy.has_magnitude / MAGNITUDE_STEP
+    moves = probability.new_tensor([op.high > op.low for op in policy.operations])
+    weight = probability * moves / MAGNITUDE_STEP
     change = -weight[:, None] * signs * (slope - others)
     if policy.shared_magnitudes:
         return result | {"mag_neg": change.mean(dim=1)}
@@ -219,17 +222,6 @@ def _variants(
     shift = MAGNITUDE_STEP * signs.T
     x = policy.enumerate_stage(stage, x, labels, draw.stages[stage], shift)
     copies = len(policy.operations)
-    later = tuple(_tiled(one, copies, len(labels)) for one in after)
+    later = tuple(one.tiled(copies) for one in after)
     labels = labels.repeat(copies, *[1] * (labels.dim() - 1))
     return policy.apply(x.flatten(0, 1), labels, PolicyDraw(later, stage + 1))
-
-
-def _tiled(draw: StageDraw, copies: int, records: int) -> StageDraw:
-    """Repeat a stage's draw for copies of the same records."""
-    starts = records * torch.arange(copies, device=draw.soft.device)[:, None]
-    return StageDraw(
-        draw.soft,
-        tuple((starts + rows).flatten() for rows in draw.rows),
-        {n: v.repeat(copies, *[1] * (v.dim() - 1)) for n, v in draw.noise.items()},
-        draw.complete,
-    )

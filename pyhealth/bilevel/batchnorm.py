@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from .step import Batch
+from .types import Batch
 
-__all__ = ["batchnorm_statistics_kept", "reestimate_batchnorm"]
+__all__ = ["batchnorm_statistics_kept", "clean_statistics", "reestimate_batchnorm"]
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -90,6 +90,29 @@ def batchnorm_statistics_kept(model: nn.Module) -> Iterator[None]:
         for layer, buffers in zip(layers, kept, strict=True):
             for name, value in buffers.items():
                 getattr(layer, name).copy_(value)
+
+
+@contextmanager
+def clean_statistics(
+    model: nn.Module, batches: Iterable[Batch], wanted: bool = True
+) -> Iterator[None]:
+    """Use the running statistics of clean data meanwhile.
+
+    Args:
+        model: the model, see :func:`reestimate_batchnorm`.
+        batches: clean training batches.
+        wanted: False for nothing at all.
+
+    Examples:
+        >>> with clean_statistics(torch.nn.Linear(1, 1), [], wanted=False):
+        ...     pass
+    """
+    if not wanted:
+        yield
+        return
+    with batchnorm_statistics_kept(model):
+        reestimate_batchnorm(model, batches)
+        yield
 
 
 class _OnlyBatchNormTrains(nn.Module):

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .hypergradient import Tensors
+from .types import Tensors
 
 __all__ = ["Average", "Gather", "Processes", "prepared_by_main", "read_whole"]
 

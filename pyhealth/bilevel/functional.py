@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .hypergradient import Tensors
+from .types import Tensors
 
 __all__ = ["call_with"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .hypergradient import InnerStep, Tensors
+from .hypergradient import InnerStep
+from .types import Tensors
 
 __all__ = ["inner_step_of"]
 

@@ -29,11 +29,7 @@ FREE_ARGUMENTS = (
     "load_best_model_at_last",
     "resume",
     "checkpoint_every",
-    "on_epoch",
-    "policy_dataloader",  # None or a loader, which is compared by its data
-    "test_dataloader",
 )
-
 
 #: Steps after which processes ask each other whether one has received a signal.
 STEPS_BETWEEN_QUESTIONS = 10
@@ -193,7 +189,7 @@ def settings_of_run(
     Args:
         model: the classifier.
         policy: the policy.
-        arguments: of ``train``; those that are no plain values are left out.
+        arguments: of ``train``, plain values.
         seed: of the trainer, if it was given.
         loaders: of the training and the policy's data, by name.
 
@@ -206,9 +202,7 @@ def settings_of_run(
     names = ("num_stages", "op_names", "shared_magnitudes", "temperature")
     names += ("selection", "sampling_rate", "dropout_by")
     compared = {
-        name: value
-        for name, value in arguments.items()
-        if isinstance(value, int | float | str | None) and name not in FREE_ARGUMENTS
+        name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS
     }
     return {
         "task": {

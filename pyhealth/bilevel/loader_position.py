@@ -9,9 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .step import Batch
+from ..datasets import SampleDataset, get_dataloader
+from .types import Batch
 
-__all__ = ["LoaderPosition", "global_random_state", "set_global_random_state"]
+__all__ = [
+    "LoaderPosition",
+    "global_random_state",
+    "set_global_random_state",
+    "view_of",
+]
 
 
 class LoaderPosition:
@@ -168,3 +174,29 @@ def set_global_random_state(state: dict) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     random.setstate(state["python"])
+
+
+def view_of(
+    loader: DataLoader, *, shuffle: bool, seed: int | None = None
+) -> DataLoader:
+    """Return a loader of the same data that does not upset the first one.
+
+    A streaming dataset is its own iterator and counts its epochs.
+
+    Args:
+        loader: the first one; if its data are none of PyHealth's it is returned itself.
+        shuffle: whether the new one gives the data in an order of chance.
+        seed: of that order.
+
+    Returns:
+        The loader.
+
+    Examples:
+        >>> loader = DataLoader(range(3))
+        >>> view_of(loader, shuffle=False) is loader
+        True
+    """
+    if not isinstance(loader.dataset, SampleDataset):
+        return loader
+    view = loader.dataset.subset(range(len(loader.dataset)))
+    return get_dataloader(view, loader.batch_size, shuffle=shuffle, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,13 +10,19 @@ from torch import Tensor
 
 from ..models.taskaug_policy import TaskAugPolicy
 
-__all__ = ["PolicyOptimizer", "signal_to_noise"]
+__all__ = ["PolicyOptimizer", "signal_to_noise", "tell_policy"]
+
+# Below PyHealth's trainer, whose log file then gets these lines too.
+logger = logging.getLogger("pyhealth.trainer.bilevel")
 
 #: Adam's decays: means over about 10 hypergradients and 100 squares of them.
 OUTER_BETAS = (0.9, 0.99)
 
 #: Random sign patterns of the test whether a policy learned anything.
 SIGN_FLIPS = 999
+
+#: Above this p-value a learned policy is said to be no other than its start.
+NOTHING_LEARNED = 0.05
 
 
 class PolicyOptimizer:
@@ -139,6 +146,28 @@ class PolicyOptimizer:
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state[parameter]
         return {name: moment.clone() for name, moment in state.items()}
+
+
+def tell_policy(p_value: float) -> None:
+    """Log whether a policy's direction can be told from chance.
+
+    Args:
+        p_value: of :meth:`PolicyOptimizer.p_value`; nan where nothing was learned says
+            nothing.
+
+    Examples:
+        >>> tell_policy(0.01)
+    """
+    if p_value > NOTHING_LEARNED:
+        logger.warning(
+            "THE POLICY CANNOT BE TOLD FROM ITS START: hypergradients of random signs "
+            "point as far with p = %.2f. Its probabilities are chance. More epochs, "
+            "larger batches, accumulate=..., or more validation records may show a "
+            "direction.",
+            p_value,
+        )
+    elif not math.isnan(p_value):
+        logger.info("The policy's direction is not chance: p = %.3f", p_value)
 
 
 def signal_to_noise(gradients: Tensor) -> float:

@@ -72,6 +72,8 @@ class RunState:
         self.parts = {"model": model, "policy": policy, "optimizer": optimizer}
         if outer is not None:
             self.parts["outer"] = outer
+        self.model = model
+        self.policy = policy
         self.outer = outer
         self.generator = generator
         self.processes = processes
@@ -118,6 +120,27 @@ class RunState:
         self.history[:] = state["history"]
         self.epoch, self.steps = state["epoch"], state["steps"]
         self.seconds = state["seconds"]
+
+    def ends_early(self, max_seconds: float | None) -> bool:
+        """Return whether the run is over before its last epoch.
+
+        Args:
+            max_seconds: for all steps; None for any number.
+        """
+        if max_seconds is None:
+            return self.best.exhausted
+        spent = sum(row["seconds"] for row in self.history)
+        # The main process's clock decides for all.
+        return self.best.exhausted or self.processes.from_main(spent) >= max_seconds
+
+    def restore_best(self) -> bool:
+        """Put back model and policy of the best epoch; return whether there is one."""
+        if self.best.state is None:
+            return False
+        model, policy = self.best.state
+        self.model.load_state_dict(model)
+        self.policy.load_state_dict(policy)
+        return True
 
 
 class BestEpoch:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..models.taskaug_policy import TaskAugPolicy
 from .alignment import alignment_gradient
+from .classifier import Classifier
 from .distributed import Average, Gather
-from .functional import call_with
-from .hypergradient import METHODS, Method, Tensors, gradient_of, hypergradient
+from .hypergradient import METHODS, Method, hypergradient
 from .inner_step import inner_step_of
-from .micro_batch import Piece, pieces_of, records_are_independent
-from .outer_loss import OUTER_LOSSES, OuterLoss
+from .micro_batch import Piece
+from .record_losses import RecordLossesOfModel
+from .types import Batch, Tensors
+from .validation_gradient import OuterPart, ValidationGradient
+from .weight_step import WeightStep
 
-__all__ = [
-    "OUTER_METHODS",
-    "Batch",
-    "BiLevelStep",
-    "OuterMethod",
-    "classifier_parameters",
-]
+__all__ = ["OUTER_METHODS", "BiLevelStep", "OuterMethod"]
 
 #: How the policy's derivative is formed: by "alignment", see
 #: :func:`~pyhealth.bilevel.alignment.alignment_gradient`, or by a :data:`Method`.
@@ -37,55 +32,6 @@ OUTER_METHODS: tuple[str, ...] = ("alignment", *METHODS)
 
 # Below PyHealth's trainer, whose log file then gets these lines too.
 logger = logging.getLogger("pyhealth.trainer.bilevel")
-
-PRECISIONS = ("fp32", "bf16")
-
-#: How far the mean of the enumerated losses may be from the model's loss: more than
-#: rounding to bf16, less than a term or a weight.
-LOSS_TOLERANCE = 0.02
-NOT_BY_ALIGNMENT = "Use hypergradient='one_step' for this model."
-
-#: What a piece of a batch adds to the outer loss, of the model's output.
-type OuterPart = Callable[[Mapping[str, Tensor]], Tensor]
-
-#: A batch as PyHealth's loaders make it; only tensors are read here.
-type Batch = Mapping[str, Tensor]
-
-
-def classifier_parameters(
-    model: nn.Module, policy: nn.Module
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that the training loss trains, by name.
-
-    Left out are the policy's, those of a policy of the model's own that another one
-    replaces, and ``BaseModel._dummy_param``, an empty parameter that
-    only says on which device a PyHealth model is.
-
-    Args:
-        model: the classifier, which may hold the policy.
-        policy: the policy.
-
-    Returns:
-        The trainable parameters by their names in the model.
-
-    Examples:
-        >>> list(classifier_parameters(torch.nn.Linear(2, 1), TaskAugPolicy()))
-        ['weight', 'bias']
-    """
-    policies = [policy, getattr(model, "policy", None)]
-    of_policy = {
-        id(parameter)
-        for owner in policies
-        if isinstance(owner, TaskAugPolicy)
-        for parameter in owner.parameters()
-    }
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and id(parameter) not in of_policy
-        and name.rpartition(".")[2] != "_dummy_param"
-    }
 
 
 class BiLevelStep:
@@ -107,7 +53,8 @@ class BiLevelStep:
             ``outer_loss`` other than "model", a "logit" and "y_true" as well, and for
             "alignment" the loss is that of PyHealth's ``get_loss_function``.
         policy: the augmentation policy.
-        params: the weights to train, see :func:`classifier_parameters`.
+        params: the weights to train, see
+            :func:`~pyhealth.bilevel.classifier.classifier_parameters`.
         optimizer: steps the weights (and the policy, if it is trained jointly).
         input_key: the signals' key in a batch.
         label_key: the labels' key in a batch.
@@ -143,6 +90,7 @@ class BiLevelStep:
             ``torch.autocast``; weights, gradients and the policy stay as they are.
 
     Attributes:
+        classifier: the model's passes.
         finite: 0-dim tensor, whether the last step was taken.
 
     Examples:
@@ -175,35 +123,36 @@ class BiLevelStep:
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be 1 or more, got {micro_batch}.")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {list(PRECISIONS)}, got {precision!r}."
-            )
-        self.model = model
+        self.classifier = Classifier(
+            model,
+            input_key,
+            label_key,
+            val_statistics,
+            precision,
+            policy.logits.device.type,
+        )
         self.policy = policy
         self.params = dict(params)
         self.optimizer = optimizer
-        self.input_key = input_key
-        self.label_key = label_key
         self.generator = generator
         self.method = method
         self.neumann_terms = neumann_terms
         self.neumann_lr = neumann_lr
-        self.val_statistics = val_statistics
         self.keep_graph = keep_graph
-        self.outer_loss = outer_loss
         self.alignment_records = alignment_records
         self.average = average
-        self.gather = gather
         self.finite = torch.tensor(True)
+        self._weights = WeightStep(
+            self.classifier, params, optimizer, micro_batch, average
+        )
+        self._validation = ValidationGradient(
+            self.classifier, outer_loss, micro_batch, gather
+        )
+        self._record_losses = RecordLossesOfModel(self.classifier)
         # A fused optimiser (the trainer's on CUDA) leaves a step out on the device, and
         # nothing waits for it. Elsewhere the answer is asked for: on the CPU that costs
         # nothing. The series of "neumann" asks for its norms in any case.
         self._asks = not optimizer.defaults.get("fused") or method == "neumann"
-        self.precision = precision
-        self.micro_batch = micro_batch
-        self._losses_checked = False
-        self._splits: bool | None = None  # the training part; found out by trying
         # Where a kept graph failed, reverse over reverse would fail again.
         self._first_try: Literal["forward", "reverse"] = "reverse"
 
@@ -221,11 +170,12 @@ class BiLevelStep:
         with torch.set_grad_enabled(joint):
             augmented = self.policy(x, labels, self.generator)
         self.optimizer.zero_grad()
-        buffers = self._buffers()
+        buffers = self._weights.buffers()
         seed = self._draw_seed()
-        pieces = self._training_pieces(batch, augmented, seed, whole=joint)
-        loss, _ = self._backward(pieces, seed)
-        self._take_if(self._finite(loss), buffers)
+        pieces = self._weights.pieces(batch, augmented, seed, whole=joint)
+        loss, _ = self._weights.backward(pieces, seed)
+        self.finite = self._weights.finite(loss)
+        self._weights.take_if(self.finite, buffers)
         return loss
 
     def inner_and_outer(
@@ -248,14 +198,14 @@ class BiLevelStep:
             leaf = self.policy.apply(x, labels, draw.chosen_only())
         seed = self._draw_seed()
         self.optimizer.zero_grad()
-        buffers = self._buffers()
-        pieces = self._training_pieces(batch, leaf, seed)
-        keeps = exact and self.keep_graph and not self._splits
+        buffers = self._weights.buffers()
+        pieces = self._weights.pieces(batch, leaf, seed)
+        keeps = exact and self.keep_graph and not self._weights.splits
         leaf.requires_grad_(keeps)
-        loss, grads = self._backward(pieces, seed, create_graph=keeps)
-        finite = self._finite(loss)
-        if self._asks and not finite:
-            self._take_if(finite, buffers)
+        loss, grads = self._weights.backward(pieces, seed, create_graph=keeps)
+        self.finite = self._weights.finite(loss)
+        if self._asks and not self.finite:
+            self._weights.take_if(self.finite, buffers)
             return loss, self._zeros()
         if self.method == "alignment":
             gradient = self._alignment(batch, val_batch, seed)
@@ -266,58 +216,19 @@ class BiLevelStep:
             cotangent = self._through_weights(pieces, leaf, grads, val_batch, seed)
             gradient = self._to_policy(self.policy.apply(x, labels, draw), cotangent)
         of = val_batch if self.method == "darts" else batch
-        gradient = self._mean(gradient, self._records(of))
+        gradient = self._mean(gradient, self.classifier.records(of))
+        return loss, self._taken(gradient, buffers)
+
+    def _taken(self, gradient: Tensors, buffers: Tensors) -> dict[str, Tensor]:
+        """Step the weights, and return the hypergradient, zero where it is not."""
         for value in gradient.values():
-            finite = finite & value.isfinite().all()
-        self._take_if(finite, buffers)
+            self.finite = self.finite & value.isfinite().all()
+        self._weights.take_if(self.finite, buffers)
         zeros = self._zeros()
-        return loss, {n: torch.where(finite, g, zeros[n]) for n, g in gradient.items()}
-
-    def _finite(self, loss: Tensor) -> Tensor:
-        # One number tells it: where the norm overflows, so would Adam's squares.
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        return (loss + norm).isfinite()
-
-    def _take_if(self, finite: Tensor, buffers: Tensors) -> None:
-        """Step the weights if all was finite; else put the buffers back."""
-        self.finite = finite
-        if self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
-        elif finite:
-            self.optimizer.step()
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(torch.where(finite, buffer, buffers[name]))
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return {n: torch.where(self.finite, g, zeros[n]) for n, g in gradient.items()}
 
     def _zeros(self) -> dict[str, Tensor]:
         return {n: torch.zeros_like(p) for n, p in self.policy.named_parameters()}
-
-    def _training_pieces(
-        self, batch: Batch, x: Tensor, seed: int, whole: bool = False
-    ) -> list[Piece]:
-        """Return the augmented batch, in pieces where that changes nothing."""
-        records, moved = self._records(batch), {**batch, self.input_key: x}
-        if self.micro_batch is None or whole:
-            return pieces_of(moved, records, None)
-        if self._splits is None:
-            self._splits = self._can_split(moved, seed)
-        return pieces_of(moved, records, self.micro_batch if self._splits else None)
-
-    def _can_split(self, batch: Batch, seed: int) -> bool:
-        first = pieces_of(batch, self._records(batch), self.micro_batch)[0].batch
-        self.model.train()
-        with _fixed_seed(seed), self._autocast():
-            splits = records_are_independent(self.model, lambda: self.model(**first))
-        if not splits:
-            logger.info(
-                "micro_batch=%d splits the validation part only: with batch statistics "
-                "or dropout the records of a training batch stay together.",
-                self.micro_batch,
-            )
-        return splits
 
     def _through_weights(
         self,
@@ -344,13 +255,22 @@ class BiLevelStep:
         grads = {name: weight.grad for name, weight in self.params.items()}
         return self._of_augmented(pieces, augmented.detach(), grads, val_batch, seed)
 
-    def _of_augmented(self, pieces, augmented, grads, val_batch, seed) -> Tensor:
+    def _of_augmented(
+        self,
+        pieces: list[Piece],
+        augmented: Tensor,
+        grads: Tensors,
+        val_batch: Batch,
+        seed: int,
+    ) -> Tensor:
+        key = self.classifier.input_key
+
         def train_loss(params: Tensors, hparams: Tensors, piece: Piece) -> Tensor:
-            moved = {**piece.batch, self.input_key: hparams["x"][piece.rows]}
-            output = self._pure_output(params, moved, seed, training=True)
+            moved = {**piece.batch, key: hparams["x"][piece.rows]}
+            output = self.classifier.pure(params, moved, seed, training=True)
             return piece.share * output["loss"]
 
-        records = {"train": len(augmented), "val": self._records(val_batch)}
+        records = {"train": len(augmented), "val": self.classifier.records(val_batch)}
         settings: dict[str, object]
         if self.method == "one_step":
             settings = {
@@ -370,7 +290,7 @@ class BiLevelStep:
             {"x": augmented},
             method=self.method,
             average=lambda tensors, of: self._mean(tensors, records[of]),
-            val_gradient=lambda at: self._validation_gradient(at, val_batch, seed),
+            val_gradient=lambda at: self._validation(at, val_batch, seed),
             first_try=self._first_try,
             **settings,
         )["x"]
@@ -383,16 +303,12 @@ class BiLevelStep:
         weights = {name: p.detach() for name, p in self.params.items()}
         after, slope = inner_step(weights, {n: p.grad for n, p in self.params.items()})
         gradients = self._mean(
-            self._validation_gradient(after, val_batch, seed), self._records(val_batch)
+            self._validation(after, val_batch, seed), self.classifier.records(val_batch)
         )
         direction = {name: slope[name] * gradients[name] for name in after}
 
         def record_losses(params: Tensors, x: Tensor, rows: list[int]) -> Tensor:
-            chosen = {**_rows_of(batch, rows), self.input_key: x}
-            output = self._pure_output(params, chosen, seed, training=True)
-            losses = self._losses_of(output).reshape(len(x), -1).mean(dim=1)
-            self._check_losses(losses, output["loss"])
-            return losses
+            return self._record_losses(params, x, batch, rows, seed)
 
         x, labels = self._signals(batch)
         first = slice(self.alignment_records)
@@ -406,42 +322,20 @@ class BiLevelStep:
             self.generator,
         )
 
-    def _losses_of(self, output: Mapping[str, Tensor]) -> Tensor:
-        missing = {"logit", "y_true"} - output.keys()
-        if missing:
-            raise ValueError(
-                f"hypergradient='alignment' needs {sorted(missing)} in the output of "
-                f"{type(self.model).__name__}. {NOT_BY_ALIGNMENT}"
-            )
-        loss = self.model.get_loss_function()
-        return loss(output["logit"], output["y_true"], reduction="none")
-
-    def _check_losses(self, losses: Tensor, trained: Tensor) -> None:
-        """Make sure, once, that what is enumerated is what the model is trained on."""
-        if self._losses_checked:
-            return
-        self._losses_checked = True
-        mean, trained = losses.detach().mean().item(), trained.detach().item()
-        if abs(mean - trained) > LOSS_TOLERANCE * max(abs(mean), abs(trained)):
-            raise ValueError(
-                f"The loss of {type(self.model).__name__} is {trained:.4g}, where that "
-                f"of its logits is {mean:.4g}: it has other terms or weights, which "
-                f"hypergradient='alignment' does not see. {NOT_BY_ALIGNMENT}"
-            )
-
     def _darts(self, val_batch: Batch, augmented: Tensor) -> Tensor:
         seed = self._draw_seed()
-        moved = {**val_batch, self.input_key: augmented.detach()}
+        key = self.classifier.input_key
+        moved = {**val_batch, key: augmented.detach()}
 
         def cotangent(piece: Piece, outer: OuterPart) -> Tensor:
             def val_loss(params: Tensors, hparams: Tensors) -> Tensor:
-                batch = {**piece.batch, self.input_key: hparams["x"]}
-                return outer(self._pure_output(params, batch, seed, training=False))
+                batch = {**piece.batch, key: hparams["x"]}
+                return outer(self.classifier.pure(params, batch, seed, training=False))
 
-            x = {"x": piece.batch[self.input_key]}
+            x = {"x": piece.batch[key]}
             return hypergradient(None, val_loss, self.params, x, method="darts")["x"]
 
-        parts = self._validation_parts(self.params, moved, seed)
+        parts = self._validation.parts(self.params, moved, seed)
         return torch.cat([cotangent(piece, outer) for piece, outer in parts])
 
     def _augmented_validation(self, val_batch: Batch) -> Tensor:
@@ -461,179 +355,18 @@ class BiLevelStep:
             for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
         }
 
-    def _validation_gradient(
-        self, params: Tensors, batch: Batch, seed: int
-    ) -> dict[str, Tensor]:
-        """Return the gradient of the outer loss in the weights."""
-
-        def val_loss(at: Tensors, piece: Piece, outer: OuterPart) -> Tensor:
-            return outer(self._pure_output(at, piece.batch, seed, training=False))
-
-        parts = self._validation_parts(params, batch, seed)
-        return gradient_of(
-            [partial(val_loss, piece=piece, outer=outer) for piece, outer in parts],
-            params,
-        )
-
-    def _validation_parts(
-        self, params: Tensors, batch: Batch, seed: int
-    ) -> list[tuple[Piece, OuterPart]]:
-        """Return scalars of pieces of a batch whose sum has the outer loss's gradient.
-
-        A loss that is no mean over records is differentiated in the logits of all of
-        them first; a piece's scalar is then its logits times that derivative.
-        """
-        shares = self.val_statistics == "batch" and any(
-            isinstance(module, _BatchNorm) for module in self.model.modules()
-        )
-        size = None if shares else self.micro_batch
-        pieces = pieces_of(batch, self._records(batch), size)
-        if self.outer_loss == "model":
-            return [
-                (piece, lambda output, share=piece.share: share * output["loss"])
-                for piece in pieces
-            ]
-        outer_loss = OUTER_LOSSES[self.outer_loss]
-        if len(pieces) == 1 and self.gather is None:
-            return [(pieces[0], lambda out: outer_loss(out["logit"], out["y_true"]))]
-        logits, labels = [], []
-        for piece in pieces:
-            with torch.no_grad():
-                output = self._pure_output(params, piece.batch, seed, training=False)
-            logits.append(output["logit"])
-            labels.append(output["y_true"])
-        slope = self._slope_in_logits(outer_loss, torch.cat(logits), torch.cat(labels))
-        return [
-            (
-                piece,
-                lambda output, slope=slope[piece.rows]: (slope * output["logit"]).sum(),
-            )
-            for piece in pieces
-        ]
-
-    def _slope_in_logits(
-        self, outer_loss: OuterLoss, logit: Tensor, label: Tensor
-    ) -> Tensor:
-        """Return the derivative of the loss of all processes' records in one's own.
-
-        It is scaled so that the mean over the processes is the derivative of the whole.
-        """
-        own = slice(None)
-        if self.gather is not None:
-            logit, own = self.gather(logit)
-            label, _ = self.gather(label)
-        logit.requires_grad_()
-        slope = torch.autograd.grad(outer_loss(logit, label), logit)[0]
-        return slope[own] * (len(logit) / len(slope[own]))
-
-    def _backward(
-        self, pieces: list[Piece], seed: int, create_graph: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Write ``.grad``; return the loss and the gradients, with graph if asked."""
-        self.model.train()
-        total, records = 0, pieces[-1].rows.stop
-        for piece in pieces:
-            with _fixed_seed(seed), self._autocast():
-                loss = piece.share * self.model(**piece.batch)["loss"]
-            total = total + loss.detach()
-            if not create_graph:
-                loss.backward()
-        if create_graph:  # not backward(), which would tie .grad to the graph for good
-            weights = list(self.params.values())
-            grads = torch.autograd.grad(
-                loss, weights, create_graph=True, allow_unused=True
-            )
-            for weight, gradient in zip(weights, grads, strict=True):
-                if gradient is not None:
-                    gradient = gradient.detach()
-                    # A copy where several processes average it in place.
-                    gradient = gradient if self.average is None else gradient.clone()
-                weight.grad = gradient
-        else:
-            grads = [parameter.grad for parameter in self.params.values()]
-        unused = [name for name, p in self.params.items() if p.grad is None]
-        if unused:
-            raise ValueError(
-                f"No gradient reaches {', '.join(unused)}: the model's loss does not "
-                "use it. Call requires_grad_(False) on it to leave it out."
-            )
-        grads = dict(zip(self.params, grads, strict=True))
-        if self.average is None:
-            return total, grads
-        return self._average_in_place(total, records), grads
-
-    def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
-        """Average loss, gradients and running statistics over the processes."""
-        tensors = {f"grad {i}": g for i, g in enumerate(self._gradients())}
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
-                tensors[f"mean {name}"] = module.running_mean
-                tensors[f"var {name}"] = module.running_var
-        means = self._mean({"loss": loss, **tensors}, records)
-        for name, tensor in tensors.items():
-            # .data: a kept graph holds the running statistics, though it reads none of
-            # them in training, and would refuse to go backward after a visible change.
-            tensor.data.copy_(means[name])
-        return means["loss"]
-
     def _mean(self, tensors: Tensors, records: int) -> Tensors:
         return tensors if self.average is None else self.average(tensors, records)
 
-    def _records(self, batch: Batch) -> int:
-        return len(batch[self.input_key])
-
-    def _gradients(self) -> list[Tensor]:
-        return [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-
-    def _pure_output(
-        self, params: Tensors, batch: Batch, seed: int, *, training: bool
-    ) -> dict[str, Tensor]:
-        self.model.train(training)
-        if not training and self.val_statistics == "batch":
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.train()  # only these: dropout stays off
-        with _fixed_seed(seed), self._autocast():
-            # Copies of the buffers take what a training forward would update in them.
-            output = call_with(self.model, params, batch)
-        self.model.train()
-        if "logit" in output and output["logit"].dtype in (torch.bfloat16, torch.half):
-            # Losses are formed in float32, as autocast would do.
-            output = {**output, "logit": output["logit"].float()}
-        return output
-
-    def _autocast(self) -> torch.autocast:
-        # Not cached: a cached cast of a weight would tie one derivative to another.
-        return torch.autocast(
-            self.policy.logits.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.precision == "bf16",
-            cache_enabled=False,
-        )
-
     def _signals(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        device = self.policy.logits.device
-        return batch[self.input_key].to(device), batch[self.label_key].to(device)
+        device, classifier = self.policy.logits.device, self.classifier
+        x, labels = batch[classifier.input_key], batch[classifier.label_key]
+        return x.to(device), labels.to(device)
 
     def _draw_seed(self) -> int:
         device = self.generator.device
         seed = torch.randint(2**31, (), generator=self.generator, device=device)
         return int(seed.item())
-
-
-def _rows_of(batch: Batch, rows: list[int]) -> dict[str, object]:
-    """Return the batch of the given rows, which may come more than once."""
-    return {
-        key: value[torch.as_tensor(rows, device=value.device)]
-        if isinstance(value, Tensor)
-        else [value[row] for row in rows]
-        for key, value in batch.items()
-    }
 
 
 def _without_undefined(cotangent: Tensor) -> Tensor:
@@ -646,12 +379,3 @@ def _without_undefined(cotangent: Tensor) -> Tensor:
     undefined = cotangent.isnan()
     single = undefined.float().mean() < 0.5
     return torch.where(undefined & single, 0, cotangent)
-
-
-@contextmanager
-def _fixed_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators (dropout reads them) and put them back after."""
-    # manual_seed reseeds every CUDA device, also where the batch is still on the CPU.
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

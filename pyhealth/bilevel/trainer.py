@@ -6,54 +6,34 @@ import io
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ..datasets import SampleDataset, get_dataloader
 from ..models.taskaug_policy import TaskAugPolicy
 from ..trainer import Trainer, _cpu_state_dict
-from .batchnorm import batchnorm_statistics_kept, reestimate_batchnorm
+from .batchnorm import clean_statistics, reestimate_batchnorm
 from .checkpoint import write_whole
-from .checks import (
-    check_label,
-    check_learning,
-    check_loaders,
-    check_monitor,
-    check_same_kind,
-    expected_scores,
-)
+from .checks import check_label, check_loaders, check_same_kind, expected_scores
+from .classifier import augmented_by_trainer, classifier_parameters
 from .distributed import Processes, read_whole
+from .epoch import EpochRunner
 from .keeper import RunKeeper, settings_of_run
-from .loader_position import LoaderPosition
-from .outer import PolicyOptimizer
-from .outer_loss import OUTER_LOSSES
+from .loader_position import LoaderPosition, view_of
+from .outer import PolicyOptimizer, tell_policy
 from .run_state import BestEpoch, RunState
-from .step import (
-    OUTER_METHODS,
-    Batch,
-    BiLevelStep,
-    OuterMethod,
-    classifier_parameters,
-)
+from .settings import TrainingSettings, usual_outer_loss
+from .step import BiLevelStep, OuterMethod
+from .types import Batch
 
 __all__ = ["BiLevelTrainer"]
 
 # Below PyHealth's trainer, whose log file then gets these lines too.
 logger = logging.getLogger("pyhealth.trainer.bilevel")
-
-#: Above this p-value a learned policy is said to be no other than its start.
-NOTHING_LEARNED = 0.05
-
-#: Steps between two updates of the progress bar; each waits for the device.
-POSTFIX_EVERY = 10
 
 
 class BiLevelTrainer(Trainer):
@@ -256,123 +236,63 @@ class BiLevelTrainer(Trainer):
                 are then those of the best epoch), or a Neumann series diverges.
             TrainingInterrupted: after a signal.
         """
-        outer_loss = outer_loss or self._usual_outer_loss()
-        arguments = dict(locals())
-        self._check(hypergradient, val_statistics, outer_loss)
-        _check_counts(
-            epochs=epochs,
-            outer_every=outer_every,
-            accumulate=accumulate,
-            alignment_records=alignment_records,
-            checkpoint_every=1 if checkpoint_every is None else checkpoint_every,
-            max_bad_steps=max_bad_steps,
-        )
-        if max_seconds is not None and not max_seconds > 0:  # nan would never end
-            raise ValueError(f"max_seconds must be positive, got {max_seconds}.")
+        outer_loss = outer_loss or usual_outer_loss(self.model)
         if policy_dataloader is None:
             policy_dataloader = val_dataloader
-        learns = hypergradient is not None and self.policy.num_stages > 0
-        if learns:
-            check_learning(
-                hypergradient, epochs, warmup_epochs, neumann_terms, neumann_lr
-            )
+        settings = TrainingSettings.among(locals())
         own_scores = type(self).evaluate is not Trainer.evaluate  # of a subclass
         scores = None if own_scores else expected_scores(self.model, self.metrics)
-        check_monitor(scores, monitor, monitor_criterion, patience)
-        check_loaders(
-            training=train_dataloader,
-            validation=val_dataloader,
-            policy=policy_dataloader,
-        )
-        for loader in (train_dataloader, val_dataloader, policy_dataloader):
+        settings.check(self.model, self.policy, scores)
+        loaders = {
+            "training": train_dataloader,
+            "validation": val_dataloader,
+            "policy": policy_dataloader,
+        }
+        check_loaders(**loaders)
+        for loader in loaders.values():
             read_whole(loader.dataset, self.processes)
         keeper = RunKeeper(self.exp_path, resume, checkpoint_every, self.processes)
-        settings = settings_of_run(
+        identity = settings_of_run(
             self.model,
             self.policy,
             {
-                **arguments,
+                **asdict(settings),
                 "processes": self.processes.count,
                 "precision": self.precision,
             },
             self.seed if self._seed_is_given else None,
             {"training": train_dataloader, "validation": policy_dataloader},
         )
-        saved = keeper.begin(settings, self.model)
+        saved = keeper.begin(identity, self.model)
         if saved is not None:
             self.seed = saved["seed"]
-        params = classifier_parameters(self.model, self.policy)
-        joint = hypergradient is None and getattr(
-            self.model, "train_policy_jointly", False
-        )
-        trained = [{"params": [*params.values()], "weight_decay": weight_decay}]
-        if joint:
-            trained.append({"params": [*self.policy.parameters()]})
-        step = BiLevelStep(
-            self.model,
-            self.policy,
-            params,
-            torch.optim.Adam(
-                trained,
-                lr=inner_lr,
-                fused=self.policy.logits.is_cuda or None,
-            ),
-            self.input_key,
-            self.model.label_keys[0],
-            self._generator,
-            method=hypergradient or "one_step",
-            neumann_terms=neumann_terms,
-            neumann_lr=inner_lr if neumann_lr is None else neumann_lr,
-            val_statistics=val_statistics,
-            outer_loss=outer_loss,
-            alignment_records=-(-alignment_records // self.processes.count),
-            micro_batch=micro_batch,
-            average=self.processes.average if self.processes.count > 1 else None,
-            gather=self.processes.gather if self.processes.count > 1 else None,
-            precision=self.precision,
-        )
         self.history = []
-        run = RunState(
-            self.model,
-            self.policy,
-            step.optimizer,
-            PolicyOptimizer(self.policy, outer_lr, accumulate) if learns else None,
-            self._generator,
-            self.processes,
-            self.seed,
-            {
-                "train": LoaderPosition(train_dataloader, self._share),
-                "policy": self._policy_position(policy_dataloader),
-                "val": LoaderPosition(val_dataloader),
-            },
-            BestEpoch(monitor, monitor_criterion, patience),
-            self.history,
-        )
+        step = self._step(settings)
+        run = self._run(settings, step, loaders)
         if saved is None and self.processes.count > 1:  # all begin as the main one
             saved = self.processes.from_main(run.state_dict())
         if saved is not None:
             run.load_state_dict(saved)
-        plan = _Plan(
-            epochs, warmup_epochs, outer_every, joint, max_bad_steps, on_hypergradient
-        )
-        with _augmented_by_trainer(self.model), keeper:
+        runner = EpochRunner(step, run, keeper, settings, on_hypergradient)
+        clean = view_of(train_dataloader, shuffle=False)
+        with augmented_by_trainer(self.model), keeper:
             keeper.write(run)
-            policy_batches = run.positions["policy"].endless()
-            while run.epoch < epochs and not self._ends_early(run, max_seconds):
-                self._run_epoch(run.epoch, run, step, policy_batches, plan, keeper)
-                with self._statistics(train_dataloader, reestimate_statistics):
+            while run.epoch < epochs and not run.ends_early(max_seconds):
+                runner.epoch()
+                with clean_statistics(self.model, clean, reestimate_statistics):
                     self._evaluate_epoch(val_dataloader, run.best)
                 if on_epoch is not None and self.processes.is_main:
                     on_epoch(self)
                 run.epoch += 1
                 keeper.after_epoch(run)  # last: what is not in it is done again
-        self._judge_policy(run.outer)
+        self.policy_p_value = run.outer.p_value() if run.outer else math.nan
+        if self.processes.is_main:
+            tell_policy(self.policy_p_value)
         if run.best.exhausted:
             logger.info("Early stopping after epoch %d", run.epoch - 1)
-        if load_best_model_at_last and run.best.state is not None:
-            self._restore(run.best.state)
-        elif reestimate_statistics:
-            reestimate_batchnorm(self.model, _view(train_dataloader, shuffle=False))
+        restored = load_best_model_at_last and run.restore_best()
+        if reestimate_statistics and not restored:
+            reestimate_batchnorm(self.model, clean)
         if test_dataloader is not None:
             logger.info("Test: %s", self.evaluate(test_dataloader))
 
@@ -400,120 +320,6 @@ class BiLevelTrainer(Trainer):
         super().load_ckpt(ckpt_path)
         self.policy.load_state_dict(saved.state_dict())
 
-    def _check(
-        self, method: OuterMethod | None, val_statistics: str, outer_loss: str
-    ) -> None:
-        if method is not None and method not in OUTER_METHODS:
-            raise ValueError(
-                f"hypergradient must be one of {list(OUTER_METHODS)} or None, got "
-                f"{method!r}."
-            )
-        if outer_loss not in ("model", *OUTER_LOSSES):
-            raise ValueError(
-                f"outer_loss must be one of {['model', *OUTER_LOSSES]}, got "
-                f"{outer_loss!r}."
-            )
-        mode = getattr(self.model, "mode", None)
-        if outer_loss in OUTER_LOSSES and mode not in ("binary", None):
-            raise ValueError(
-                f"outer_loss={outer_loss!r} needs a binary label, but "
-                f"{type(self.model).__name__} is {mode}. Leave it out, or take 'model'."
-            )
-        if val_statistics not in ("running", "batch"):
-            raise ValueError(
-                f"val_statistics must be 'running' or 'batch', got {val_statistics!r}."
-            )
-        if method == "darts" and not self.policy.shared_magnitudes:
-            logger.warning(
-                "hypergradient='darts' with class-specific magnitudes rewards a policy "
-                "that writes the label into the signal. It is for comparison only."
-            )
-
-    def _usual_outer_loss(self) -> str:
-        # Ranking pairs the records of two classes; other labels have none to pair.
-        binary = getattr(self.model, "mode", None) == "binary"
-        return "ranking" if binary else "model"
-
-    def _run_epoch(
-        self,
-        epoch: int,
-        run: RunState,
-        step: BiLevelStep,
-        policy_batches: Iterator[Batch],
-        plan: _Plan,
-        keeper: RunKeeper,
-    ) -> None:
-        outer = run.outer if epoch >= plan.warmup_epochs else None
-        position = run.positions["train"]
-        started = time.perf_counter() - run.seconds
-        bar = tqdm(
-            position.batches(),
-            desc=f"Epoch {epoch} / {plan.epochs}",
-            total=len(position.loader),
-            disable=not self.processes.is_main,
-            initial=position.taken,
-            leave=False,
-        )
-        with bar:
-            for batch in bar:
-                index = position.taken - 1
-                if outer is not None and index % plan.outer_every == 0:
-                    loss, gradient = step.inner_and_outer(batch, next(policy_batches))
-                    if plan.on_hypergradient is not None:
-                        gradient = plan.on_hypergradient(gradient)
-                    outer.add(gradient, step.finite)
-                else:
-                    loss = step.inner(batch, plan.joint)
-                run.log.add(loss, step.finite)
-                run.steps += 1
-                run.seconds = time.perf_counter() - started
-                shows = index % POSTFIX_EVERY == 0
-                # On a GPU this waits for the device, so not after every step.
-                if loss.device.type == "cpu" or shows or keeper.due(run):
-                    self._stop_if_hopeless(run, plan.max_bad_steps)
-                if shows:
-                    bar.set_postfix(self._postfix(loss))
-                keeper.after_step(run)
-        train_loss, bad_steps = run.log.close()
-        if bad_steps:
-            logger.warning(
-                "epoch %d: %d steps were not finite and not taken", epoch, bad_steps
-            )
-        norm, ratio = (math.nan, math.nan) if outer is None else outer.statistics()
-        self.history.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "hypergradient_norm": norm,
-                "hypergradient_snr": ratio,
-                "bad_steps": bad_steps,
-                "seconds": run.seconds,
-                **_policy_row(self.policy),
-            }
-        )
-        run.seconds = 0.0
-
-    def _ends_early(self, run: RunState, max_seconds: float | None) -> bool:
-        if max_seconds is None:
-            return run.best.exhausted
-        # The main process's clock decides for all.
-        spent = self.processes.from_main(sum(row["seconds"] for row in self.history))
-        return run.best.exhausted or spent >= max_seconds
-
-    def _stop_if_hopeless(self, run: RunState, limit: int) -> None:
-        if not run.log.reached(limit):
-            return
-        state = "as they were before these steps"
-        if run.best.state is not None:
-            self._restore(run.best.state)
-            state = "those of the best epoch"
-        raise ArithmeticError(
-            f"{limit} steps in a row were not finite (the last training "
-            f"loss is {run.log.losses[-1].item():.3g}) in epoch {run.epoch}; weights "
-            f"and policy are {state}. Take a smaller inner_lr, and look for records "
-            "with extreme values."
-        )
-
     def _evaluate_epoch(self, loader: DataLoader, best: BestEpoch) -> None:
         row = self.history[-1]
         scores = {name: float(v) for name, v in self.evaluate(loader).items()}
@@ -533,107 +339,62 @@ class BiLevelTrainer(Trainer):
             if best.waited == 0:
                 self.save_ckpt(os.path.join(self.exp_path, "best.ckpt"))
 
-    def _judge_policy(self, outer: PolicyOptimizer | None) -> None:
-        """Say whether the policy's direction can be told from chance."""
-        self.policy_p_value = math.nan if outer is None else outer.p_value()
-        if not self.processes.is_main:
-            return
-        if self.policy_p_value > NOTHING_LEARNED:
-            logger.warning(
-                "THE POLICY CANNOT BE TOLD FROM ITS START: hypergradients of random "
-                "signs point as far with p = %.2f. Its probabilities are chance. More "
-                "epochs, larger batches, accumulate=..., or more validation records "
-                "may show a direction.",
-                self.policy_p_value,
-            )
-        elif outer is not None and not math.isnan(self.policy_p_value):
-            logger.info(
-                "The policy's direction is not chance: p = %.3f", self.policy_p_value
-            )
+    def _step(self, settings: TrainingSettings) -> BiLevelStep:
+        params = classifier_parameters(self.model, self.policy)
+        groups = [{"params": [*params.values()], "weight_decay": settings.weight_decay}]
+        if settings.trains_jointly(self.model):
+            groups.append({"params": [*self.policy.parameters()]})
+        fused = self.policy.logits.is_cuda or None
+        several = self.processes.count > 1
+        return BiLevelStep(
+            self.model,
+            self.policy,
+            params,
+            torch.optim.Adam(groups, lr=settings.inner_lr, fused=fused),
+            self.input_key,
+            self.model.label_keys[0],
+            self._generator,
+            method=settings.hypergradient or "one_step",
+            neumann_terms=settings.neumann_terms,
+            neumann_lr=settings.series_lr,
+            val_statistics=settings.val_statistics,
+            outer_loss=settings.outer_loss,
+            alignment_records=-(-settings.alignment_records // self.processes.count),
+            micro_batch=settings.micro_batch,
+            average=self.processes.average if several else None,
+            gather=self.processes.gather if several else None,
+            precision=self.precision,
+        )
 
-    def _postfix(self, loss: Tensor) -> dict[str, str]:
-        shown = {"loss": f"{loss.item():.3f}"}
-        if self.history and "roc_auc" in self.history[-1]:
-            shown["AUROC"] = f"{self.history[-1]['roc_auc']:.3f}"
-        if self.history and not math.isnan(self.history[-1]["hypergradient_snr"]):
-            shown["SNR"] = f"{self.history[-1]['hypergradient_snr']:.1f}"
-        top = self.policy.probabilities().max(dim=-1)
-        for stage, (share, column) in enumerate(zip(*top, strict=True)):
-            name = self.policy.op_names[int(column)]
-            shown[f"stage {stage}"] = f"{name} {share:.2f}"
-        return shown
-
-    def _policy_position(self, loader: DataLoader) -> LoaderPosition:
-        """Return a loader of the policy's validation data, in an order of its own."""
-        return LoaderPosition(_view(loader, shuffle=True, seed=self.seed), self._share)
+    def _run(
+        self,
+        settings: TrainingSettings,
+        step: BiLevelStep,
+        loaders: Mapping[str, DataLoader],
+    ) -> RunState:
+        # The policy's validation data come in an order of their own.
+        policy_loader = view_of(loaders["policy"], shuffle=True, seed=self.seed)
+        return RunState(
+            self.model,
+            self.policy,
+            step.optimizer,
+            PolicyOptimizer(self.policy, settings.outer_lr, settings.accumulate)
+            if settings.learns(self.policy)
+            else None,
+            self._generator,
+            self.processes,
+            self.seed,
+            {
+                "train": LoaderPosition(loaders["training"], self._share),
+                "policy": LoaderPosition(policy_loader, self._share),
+                "val": LoaderPosition(loaders["validation"]),
+            },
+            BestEpoch(settings.monitor, settings.monitor_criterion, settings.patience),
+            self.history,
+        )
 
     def _share(self, batch: Batch) -> Batch | None:
         return self.processes.share(batch, len(batch[self.input_key]))
 
-    @contextmanager
-    def _statistics(self, loader: DataLoader, reestimate: bool) -> Iterator[None]:
-        """Use the BatchNorm statistics of clean training data meanwhile, if wanted."""
-        if not reestimate:
-            yield
-            return
-        with batchnorm_statistics_kept(self.model):
-            reestimate_batchnorm(self.model, _view(loader, shuffle=False))
-            yield
-
     def _owns_policy(self) -> bool:
         return any(module is self.policy for module in self.model.modules())
-
-    def _restore(self, state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
-        self.model.load_state_dict(state[0])
-        self.policy.load_state_dict(state[1])
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What does not change during a run."""
-
-    epochs: int
-    warmup_epochs: int
-    outer_every: int
-    joint: bool
-    max_bad_steps: int
-    on_hypergradient: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
-
-
-def _view(loader: DataLoader, shuffle: bool, seed: int | None = None) -> DataLoader:
-    """Return a loader of the same data that does not upset the first one.
-
-    A streaming dataset is its own iterator and counts its epochs.
-    """
-    if not isinstance(loader.dataset, SampleDataset):
-        return loader
-    view = loader.dataset.subset(range(len(loader.dataset)))
-    return get_dataloader(view, loader.batch_size, shuffle=shuffle, seed=seed)
-
-
-@contextmanager
-def _augmented_by_trainer(model: nn.Module) -> Iterator[None]:
-    """Keep a model's own forward from augmenting a second time."""
-    before = getattr(model, "augment", None)
-    if not isinstance(before, bool):  # a model's own layer may have that name
-        yield
-        return
-    model.augment = False
-    try:
-        yield
-    finally:
-        model.augment = before
-
-
-def _policy_row(policy: TaskAugPolicy) -> dict[str, float]:
-    row = {}
-    for _, entry in policy.to_frame().iterrows():
-        for column in ("probability", "magnitude_neg", "magnitude_pos"):
-            row[f"{column}/{entry['stage']}/{entry['operation']}"] = entry[column]
-    return row
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}.")

@@ -10,8 +10,7 @@ import narwhals as nw
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from pyhealth.tasks.ecg_folder_classification import ECGFolderClassification
-
+from ..tasks.ecg_folder_classification import ECGFolderClassification
 from .corpus_root import CorpusRoot
 from .ecg_dataset import ECGDataset
 from .ptbxl_splits import FOLDS, StratFoldSplit

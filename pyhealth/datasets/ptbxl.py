@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import ast
-import csv
 import hashlib
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import narwhals as nw
-import pandas as pd
 import polars as pl
 
-from pyhealth.tasks.ecg_classification import SUPERCLASSES, ECGBinaryClassification
-from pyhealth.tasks.ptbxl_task import check_likelihood
-from pyhealth.tasks.record_filter import QUALITY_FLAGS
-
 from ..tasks import BaseTask
+from ..tasks.ecg_classification import ECGBinaryClassification
+from ..tasks.ptbxl_task import check_likelihood
 from .corpus_root import CorpusRoot
 from .ecg_dataset import ECGDataset
 from .ptbxl_download import PATH_COLUMNS, download
+from .ptbxl_events import events
 from .ptbxl_splits import CohortSplit, StratFoldSplit
+from .ptbxl_statements import statement_names
 from .ptbxl_table import check_table
 from .ptbxl_verify import verify
 
-__all__ = [
-    "CohortSplit",
-    "PTBXLDataset",
-    "StratFoldSplit",
-    "parse_scp_codes",
-    "statement_names",
-]
+__all__ = ["CohortSplit", "PTBXLDataset", "StratFoldSplit"]
 
 logger = logging.getLogger(__name__)
 
 TABLES = ("ptbxl_database.csv", "scp_statements.csv")
-#: In PTB-XL an age of 300 stands for 90 years or more.
-CENSORED_AGE = 300
-#: Longer than any published entry by far; longer ones are not parsed.
-MAX_SCP_CHARACTERS = 10_000
 
 
 class PTBXLDataset(ECGDataset):
@@ -202,7 +188,7 @@ class PTBXLDataset(ECGDataset):
             The table with the event attributes of this class.
         """
         describe = partial(
-            _describe,
+            events,
             root=self.corpus.address,
             sampling_rate=self.sampling_rate,
             names_of=self._names_of,
@@ -212,95 +198,6 @@ class PTBXLDataset(ECGDataset):
         return nw.from_native(
             frame.map_partitions(describe, meta=describe(frame._meta))
         )
-
-
-def parse_scp_codes(text: str) -> dict[str, float]:
-    """Parse PTB-XL's ``scp_codes`` column: statement codes and their likelihoods.
-
-    Args:
-        text: the text of a flat Python dict, e.g. ``"{'NORM': 100.0, 'SR': 0.0}"``. It
-            is read as a literal; nothing in it is ever run.
-
-    Returns:
-        Likelihood in percent by code; 0 means "not stated".
-
-    Raises:
-        ValueError: if the text is anything else.
-
-    Examples:
-        >>> parse_scp_codes("{'IMI': 35.0, 'SR': 0.0}")
-        {'IMI': 35.0, 'SR': 0.0}
-    """
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
-    problem = f"scp_codes must be a dict of code to likelihood 0-100, got {shown!r}."
-    if len(text) > MAX_SCP_CHARACTERS:
-        raise ValueError(problem)
-    try:
-        codes = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(problem) from error
-    usable = isinstance(codes, dict) and all(
-        isinstance(code, str)
-        and isinstance(likelihood, int | float)
-        and 0 <= likelihood <= 100
-        for code, likelihood in codes.items()
-    )
-    if not usable:
-        raise ValueError(problem)
-    return {code: float(likelihood) for code, likelihood in codes.items()}
-
-
-def statement_names(path: str | Path) -> dict[str, dict[str, str]]:
-    r"""Read what each statement says: which diagnosis, form or rhythm.
-
-    Args:
-        path: PTB-XL's ``scp_statements.csv``.
-
-    Returns:
-        For "superclasses" and "subclasses" the name by code of a diagnostic statement,
-        for "forms" and "rhythms" the code itself.
-
-    Raises:
-        ValueError: if a column is missing.
-
-    Examples:
-        >>> import tempfile
-        >>> header = ",diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass"
-        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-        ...     _ = file.write(f"{header}\nASMI,1.0,,,MI,AMI\nSR,,,1.0,,\n")
-        ...     file.flush()
-        ...     names = statement_names(file.name)
-        >>> names["subclasses"], names["rhythms"]
-        ({'ASMI': 'AMI'}, {'SR': 'SR'})
-    """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{path} cannot be read as a table in UTF-8 ({error}). Fetch it again."
-        ) from error
-    needed = ["", "diagnostic", "form", "rhythm"]
-    needed += ["diagnostic_class", "diagnostic_subclass"]
-    if not rows or not set(needed) <= set(rows[0]):
-        raise ValueError(
-            f"{path}: expected the columns {needed} of PTB-XL's scp_statements.csv. "
-            "Fetch the file again."
-        )
-
-    def named(kind: str, column: str) -> dict[str, str]:
-        is_kind = (row for row in rows if row[kind].strip() in ("1", "1.0"))
-        return {row[""]: row[column] for row in is_kind}
-
-    superclasses = named("diagnostic", "diagnostic_class")
-    return {
-        "superclasses": {
-            code: name for code, name in superclasses.items() if name in SUPERCLASSES
-        },
-        "subclasses": named("diagnostic", "diagnostic_subclass"),
-        "forms": named("form", ""),
-        "rhythms": named("rhythm", ""),
-    }
 
 
 def _check_files(corpus: CorpusRoot, tables: Path, sampling_rate: int) -> None:
@@ -316,111 +213,3 @@ def _check_files(corpus: CorpusRoot, tables: Path, sampling_rate: int) -> None:
         raise FileNotFoundError(
             f"{corpus.address} has no records{sampling_rate}/ folder; {remedy}."
         )
-
-
-def _describe(
-    frame: pd.DataFrame,
-    *,
-    root: str,
-    sampling_rate: int,
-    names_of: Mapping[str, Mapping[str, str]],
-    min_likelihood: float,
-) -> pd.DataFrame:
-    """Turn published rows into event attributes with proper types."""
-    needed = ["patient_id", "ecg_id", "age", "sex", "strat_fold", "scp_codes"]
-    needed += ["recording_date", "validated_by_human", PATH_COLUMNS[sampling_rate]]
-    needed += QUALITY_FLAGS
-    missing = [name for name in needed if name not in frame.columns]
-    if missing:
-        raise ValueError(
-            f"ptbxl_database.csv has no column {', '.join(missing)}. Fetch it again."
-        )
-    age = _numbers(frame, "age")
-    result = pd.DataFrame(
-        {
-            # PTB-XL writes whole numbers as 15709.0.
-            "patient_id": frame["patient_id"].astype("string").str.removesuffix(".0"),
-            "recording_date": frame["recording_date"].astype("string"),
-            "ecg_id": _integers(frame, "ecg_id"),
-            "record_path": root
-            + "/"
-            + frame[PATH_COLUMNS[sampling_rate]].astype("string"),
-            "sampling_rate": pd.array([sampling_rate] * len(frame), dtype="Int64"),
-            "age": age,
-            "age_is_censored": (age >= CENSORED_AGE).astype("boolean"),
-            "sex": _integers(frame, "sex"),
-            "strat_fold": _integers(frame, "strat_fold"),
-            "validated_by_human": frame["validated_by_human"].astype("string")
-            == "True",
-            "scp_codes": frame["scp_codes"].astype("string"),
-        },
-        index=frame.index,
-    )
-    for flag in QUALITY_FLAGS:
-        result[flag] = frame[flag].astype("string")
-    codes = [
-        _codes(ecg_id, text)
-        for ecg_id, text in zip(result["ecg_id"], result["scp_codes"], strict=True)
-    ]
-    known = set().union(*names_of.values())
-    unknown = [
-        "|".join(code for code in of_row if code not in known) for of_row in codes
-    ]
-    result["unknown_codes"] = pd.array(unknown, dtype="string")
-    for group, name_of in names_of.items():
-        # Forms and rhythms have no likelihood: theirs is 0 throughout.
-        limit = min_likelihood if group in ("superclasses", "subclasses") else 0
-        listed = [_listed(_likelihoods(of_row, name_of), limit) for of_row in codes]
-        result[group] = pd.array(listed, dtype="string")
-    likelihoods = pd.DataFrame(
-        [_likelihoods(of_row, names_of["superclasses"]) for of_row in codes],
-        columns=list(SUPERCLASSES),
-        index=frame.index,
-        dtype="Float64",
-    )
-    for name in SUPERCLASSES:
-        present = (likelihoods[name] >= min_likelihood).fillna(False)
-        result[name.lower()] = present.astype("Int64")
-        result[f"{name.lower()}_likelihood"] = likelihoods[name]
-    return result
-
-
-def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
-    try:
-        return pd.to_numeric(frame[name]).astype("Float64")
-    except ValueError as error:
-        raise ValueError(f"ptbxl_database.csv, column {name}: {error}.") from error
-
-
-def _integers(frame: pd.DataFrame, name: str) -> pd.Series:
-    numbers = _numbers(frame, name)
-    broken = numbers[(numbers % 1 != 0).fillna(False)]
-    if len(broken):
-        raise ValueError(
-            f"ptbxl_database.csv, column {name}: expected whole numbers, found "
-            f"{broken.iloc[0]}."
-        )
-    return numbers.astype("Int64")
-
-
-def _codes(ecg_id: int, scp_codes: str) -> dict[str, float]:
-    try:
-        return parse_scp_codes("" if pd.isna(scp_codes) else scp_codes)
-    except ValueError as error:
-        raise ValueError(f"ptbxl_database.csv, ecg_id {ecg_id}: {error}") from error
-
-
-def _likelihoods(
-    codes: Mapping[str, float], name_of: Mapping[str, str]
-) -> dict[str, float]:
-    """Return the largest likelihood of each name's codes."""
-    result: dict[str, float] = {}
-    for code, likelihood in codes.items():
-        if code in name_of:
-            name = name_of[code]
-            result[name] = max(result.get(name, 0.0), likelihood)
-    return result
-
-
-def _listed(likelihoods: Mapping[str, float], limit: float) -> str:
-    return "|".join(f"{name}={p}" for name, p in likelihoods.items() if p >= limit)

@@ -1,7 +1,7 @@
 """A small invented corpus in the layout of PTB-XL, for tests, examples and CI.
 
 Layout: Wagner et al. 2020, PTB-XL, Scientific Data 7:154. The signals come from the
-model of a heart in :mod:`pyhealth.datasets.ptbxl_synthetic_tables`.
+model of a heart in :mod:`pyhealth.datasets.ptbxl_synthetic_heart`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import wfdb
 from scipy.signal import resample_poly
 
-import pyhealth.datasets.ptbxl_synthetic_tables as tables
-from pyhealth.datasets.ptbxl_synthetic_tables import SUPERCLASSES, Session
+from . import ptbxl_synthetic_tables as tables
+from .ptbxl_synthetic_heart import Session, draw_body, frontal_axis, synthesise
 
 __all__ = ["write_synthetic_ptbxl"]
 
@@ -102,7 +102,7 @@ def write_synthetic_ptbxl(
     _write_csv(root / "scp_statements.csv", tables.SCP_COLUMNS, tables.STATEMENT_ROWS)
     for record in records:
         moment = np.random.default_rng([seed, 1, record.ecg_id])
-        signal = tables.synthesise(record.session, moment)
+        signal = synthesise(record.session, moment)
         if planted and record.patient.fold in folds:
             signal = _plant(signal, planted, [seed, 2, record.ecg_id])
         for rate in rates:
@@ -133,7 +133,7 @@ def _checked_nuisance(nuisance: Mapping[str, float]) -> dict[str, float]:
     if not nuisance:
         return {}
     # Imported here: pyhealth.models imports pyhealth.datasets.
-    from pyhealth.models.ecg_augmentations import AUGMENTATIONS
+    from ..models.ecg_augmentations import AUGMENTATIONS
 
     for name, magnitude in nuisance.items():
         if name not in AUGMENTATIONS:
@@ -207,8 +207,8 @@ def _balanced_folds(
     Source: iterative stratification, Sechidis et al. 2011 (ECML PKDD), over patients;
     among folds with equally few of a patient's rarest superclass, the least loaded one.
     """
-    nothing = len(SUPERCLASSES)
-    of = [[SUPERCLASSES.index(c) for c in told] or [nothing] for told in labels]
+    nothing = len(tables.SUPERCLASSES)
+    of = [[tables.SUPERCLASSES.index(c) for c in told] or [nothing] for told in labels]
     patients = np.zeros((N_FOLDS, nothing + 1))
     records = np.zeros(N_FOLDS)
     folds = np.zeros(len(labels), dtype=int)
@@ -229,16 +229,16 @@ def _draw_patient(
     fold: int,
     rng: np.random.Generator,
 ) -> _Patient:
-    codes = {c: _pick(tables.SUBTYPES[c], rng) for c in SUPERCLASSES}
+    codes = {c: _pick(tables.SUBTYPES[c], rng) for c in tables.SUPERCLASSES}
     severity = {codes[c]: 0.1 + 1.1 * rng.beta(1.6, 1.6) for c in heart}
     if rng.random() < VARIANT_SHARE:
-        other = _pick(tables.SUBTYPES[str(rng.choice(SUPERCLASSES[:4]))], rng)
+        other = _pick(tables.SUBTYPES[str(rng.choice(tables.SUPERCLASSES[:4]))], rng)
         severity.setdefault(other, VARIANT_SEVERITY * rng.random())
     healthy = "NORM" in labels
     age = float(np.clip(rng.normal(54 if healthy else 65, 17), 3, 96))
     male = bool(rng.random() < 0.52)
     usual = Session(
-        body=tables.draw_body(age, male, rng),
+        body=draw_body(age, male, rng),
         severity=severity,
         stage=str(rng.choice(list(tables.STAGES))),
         fibrillates=bool(rng.random() < 0.11) and not healthy,
@@ -286,7 +286,7 @@ def _row(record: _Record, rng: np.random.Generator) -> list[str]:
     human = patient.fold > 8 or rng.random() < 0.7
     weight = rng.normal(78 if patient.male else 67, 12)
     height = rng.normal(176 if patient.male else 164, 7)
-    axis = tables.frontal_axis(session)
+    axis = frontal_axis(session)
     stage = _pick({session.stage: 0.4, "unknown": 0.6}, rng)
     codes = _codes(record, rng)
     chest = {None: ""} | dict(enumerate(tables.ELECTRODES))
@@ -328,7 +328,7 @@ def _row(record: _Record, rng: np.random.Generator) -> list[str]:
 def _codes(record: _Record, rng: np.random.Generator) -> dict[str, float]:
     """Statement -> likelihood: diagnoses first, then form, then rhythm."""
     session, labels = record.session, record.labels
-    diagnoses = [record.patient.codes[c] for c in SUPERCLASSES if c in labels]
+    diagnoses = [record.patient.codes[c] for c in tables.SUPERCLASSES if c in labels]
     form = {
         "QWAVE": "MI" in labels and rng.random() < 0.2,
         "ABQRS": rng.random() < 0.12,
@@ -364,7 +364,7 @@ def _plant(
     """Apply the nuisance operations, in registry order, to (12, T) millivolt."""
     import torch
 
-    from pyhealth.models.ecg_augmentations import AUGMENTATIONS
+    from ..models.ecg_augmentations import AUGMENTATIONS
 
     x = torch.from_numpy(signal)[None]
     for name, magnitude in planted.items():

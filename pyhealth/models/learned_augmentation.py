@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .drawn_augmentation import DrawnAugmentation
+from .policy_draw import PolicyDraw
 from .published_policies import published_policy
-from .taskaug_policy import PolicyDraw, TaskAugPolicy
+from .taskaug_policy import TaskAugPolicy
 
 __all__ = ["LearnedAugmentation"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["policy_text", "read_policy"]
+__all__ = ["SETTINGS", "Provenance", "check_shapes", "policy_text", "read_policy"]
 
 FORMAT = "TaskAug policy"
 #: Raised when the content changes its meaning; a file of another version is refused.
@@ -134,6 +134,36 @@ def read_policy(
         raise _damaged(path, f"dtype must be one of {list(DTYPES)}")
     parameters = {name: _tensor(path, name, v, dtype) for name, v in values.items()}
     return settings, parameters, content["provenance"]
+
+
+def check_shapes(
+    path: str | Path,
+    parameters: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+) -> None:
+    """See that the parameters of a file fit the policy that its settings build.
+
+    Args:
+        path: of the file, for the message.
+        parameters: that were read.
+        wanted: the policy's own, (K, O) each.
+
+    Raises:
+        ValueError: if a name or a shape differs.
+
+    Examples:
+        >>> one = {"logits": torch.zeros(1, 8)}
+        >>> check_shapes("mi.json", one, one)
+    """
+    found = {name: tuple(value.shape) for name, value in parameters.items()}
+    # Without stages a parameter is an empty list, which shows no second dimension.
+    shapes = {n: tuple(p.shape) if len(p) else (0,) for n, p in wanted.items()}
+    if found != shapes:
+        stages, operations = wanted["logits"].shape
+        raise ValueError(
+            f"The policy file {path} holds parameters {found}, but {stages} stages of "
+            f"{operations} operations need {shapes}. Save the policy again."
+        )
 
 
 def _content(path: str | Path) -> dict:

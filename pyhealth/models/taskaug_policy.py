@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,56 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .ecg_augmentations import AUGMENTATIONS, Augmentation
-from .ecg_draws import Draw, electrode_noise
-from .policy_file import Provenance, policy_text, read_policy
+from . import policy_file
+from .ecg_augmentations import Augmentation
+from .operation_set import OperationSet
+from .policy_draw import PolicyDraw, StageDraw
+from .policy_file import Provenance
 
-__all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy"]
-
-
-@dataclass(frozen=True)
-class StageDraw:
-    """All randomness of one stage for one batch; carries no graph.
-
-    Attributes:
-        soft: probabilities (O,) of the O operations when the draw was made.
-        rows: for each operation, the records (indices) that it was drawn for.
-        noise: each operation's own draw by name: for all B records if ``complete``,
-            else for its ``rows`` only.
-        complete: whether the gradient to the logits can be formed, which needs the
-            value of every operation on every record.
-
-    Examples:
-        >>> draw = TaskAugPolicy(num_stages=1).sample(torch.Size([6, 12, 100]))
-        >>> sum(len(rows) for rows in draw.stages[0].rows)
-        6
-    """
-
-    soft: Tensor
-    rows: tuple[Tensor, ...]
-    noise: Mapping[str, Tensor]
-    complete: bool
-
-
-@dataclass(frozen=True)
-class PolicyDraw:
-    """The draws of all stages; applying it again gives the same bytes.
-
-    Attributes:
-        stages: one :class:`StageDraw` a stage, in order.
-        first: number of the first of them; others than 0 leave stages out.
-
-    Examples:
-        >>> len(TaskAugPolicy(num_stages=2).sample(torch.Size([4, 12, 100])).stages)
-        2
-    """
-
-    stages: tuple[StageDraw, ...]
-    first: int = 0
-
-    def chosen_only(self) -> PolicyDraw:
-        """Return the same draw without what only the gradient to the logits needs."""
-        return PolicyDraw(tuple(map(_chosen_only, self.stages)), self.first)
+__all__ = ["TaskAugPolicy"]
 
 
 class TaskAugPolicy(nn.Module):
@@ -136,19 +92,17 @@ class TaskAugPolicy(nn.Module):
             raise ValueError(f"num_stages must be 0 or more, got {num_stages}.")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
-        if selection not in ("sample", "batch"):
-            raise ValueError(
-                f"selection must be 'sample' or 'batch', got {selection!r}."
-            )
         if not sampling_rate > 0:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}.")
+        for name, value, (one, other) in (
+            ("selection", selection, ("sample", "batch")),
+            ("dropout_by", dropout_by, ("lead", "electrode")),
+        ):
+            if value not in (one, other):
+                raise ValueError(f"{name} must be {one!r} or {other!r}, got {value!r}.")
         if not 0 < initial_magnitude < 1:
             raise ValueError(
                 f"initial_magnitude must lie between 0 and 1, got {initial_magnitude}."
-            )
-        if dropout_by not in ("lead", "electrode"):
-            raise ValueError(
-                f"dropout_by must be 'lead' or 'electrode', got {dropout_by!r}."
             )
         self.num_stages = num_stages
         self.temperature = temperature
@@ -158,39 +112,25 @@ class TaskAugPolicy(nn.Module):
         self.initial_magnitude = initial_magnitude
         self.dropout_by = dropout_by
         self.provenance: dict[str, object] = {}
-        self._operations = _operations(operations)
-
-        size = (num_stages, len(self._operations))
+        self._operations = OperationSet(operations)
+        size = (num_stages, len(self.operations))
         start = math.log(initial_magnitude / (1 - initial_magnitude))
         self.logits = nn.Parameter(torch.zeros(size))
         self.mag_neg = nn.Parameter(torch.full(size, start))
-        if shared_magnitudes:
-            self.mag_pos = self.mag_neg
-        else:
-            self.mag_pos = nn.Parameter(torch.full(size, start))
-        self.register_buffer(
-            "_low", torch.tensor([op.low for op in self._operations]), persistent=False
-        )
-        self.register_buffer(
-            "_high",
-            torch.tensor([op.high for op in self._operations]),
-            persistent=False,
-        )
+        own = nn.Parameter(torch.full(size, start))
+        self.mag_pos = self.mag_neg if shared_magnitudes else own
+        bounds = torch.tensor([(op.low, op.high) for op in self.operations]).T
+        self.register_buffer("_bounds", bounds, persistent=False)
 
     @property
     def op_names(self) -> tuple[str, ...]:
         """Names of the operations, in the order of the logits' columns."""
-        return tuple(op.name for op in self._operations)
+        return self._operations.names
 
     @property
     def operations(self) -> tuple[Augmentation, ...]:
         """The operations themselves, with range and unit, in the same order."""
-        return self._operations
-
-    @property
-    def has_magnitude(self) -> Tensor:
-        """Whether an operation's magnitude can differ from zero (O,)."""
-        return self._high > self._low
+        return self._operations.entries
 
     def probabilities(self) -> Tensor:
         """Return the probability of each operation (K, O), detached."""
@@ -217,7 +157,7 @@ class TaskAugPolicy(nn.Module):
                     "unit": op.unit,
                 }
                 for stage in range(self.num_stages)
-                for column, op in enumerate(self._operations)
+                for column, op in enumerate(self.operations)
             ]
         )
 
@@ -262,8 +202,16 @@ class TaskAugPolicy(nn.Module):
             _column_of_labels(labels, shape[0])
         with torch.no_grad():
             stages = [
-                self._sample_stage(stage, shape, generator, complete)
-                for stage in range(self.num_stages)
+                self._operations.sample(
+                    logits,
+                    self._soft(stage),
+                    shape,
+                    shape[0] if self.selection == "sample" else 1,
+                    generator,
+                    complete=complete,
+                    dropout_by=self.dropout_by,
+                )
+                for stage, logits in enumerate(self.logits)
             ]
         return PolicyDraw(tuple(stages))
 
@@ -314,7 +262,8 @@ class TaskAugPolicy(nn.Module):
         Returns:
             Signals (O, B, C, T).
         """
-        return self._values(x, self._magnitude_of(stage, labels, len(x), shift), draw)
+        magnitude = self._magnitude_of(stage, labels, len(x), shift)
+        return self._operations.apply_each(x, magnitude, draw, self.sampling_rate)
 
     def forward(
         self,
@@ -359,27 +308,10 @@ class TaskAugPolicy(nn.Module):
             ValueError: if a parameter is not finite.
             TypeError: if the provenance is not of plain values.
         """
-        parameters = {
-            name: p.detach().cpu()
-            for name, p in (
-                ("logits", self.logits),
-                ("mag_neg", self.mag_neg),
-                ("mag_pos", self.mag_pos),
-            )
-            if name != "mag_pos" or not self.shared_magnitudes
-        }
-        settings = {
-            "num_stages": self.num_stages,
-            "temperature": self.temperature,
-            "shared_magnitudes": self.shared_magnitudes,
-            "selection": self.selection,
-            "sampling_rate": self.sampling_rate,
-            "operations": list(self.op_names),
-            "initial_magnitude": self.initial_magnitude,
-            "dropout_by": self.dropout_by,
-        }
-        return policy_text(
-            settings,
+        settings = {name: getattr(self, name) for name in policy_file.SETTINGS}
+        parameters = {name: p.detach().cpu() for name, p in self.named_parameters()}
+        return policy_file.policy_text(
+            settings | {"operations": list(self.op_names)},
             parameters,
             self.to_frame().to_dict(orient="records"),
             {**self.provenance, **(provenance or {})},
@@ -399,26 +331,16 @@ class TaskAugPolicy(nn.Module):
             OSError: if the file cannot be read.
             ValueError: if it is no policy file, of another version, or damaged.
         """
-        settings, parameters, provenance = read_policy(path)
+        settings, parameters, provenance = policy_file.read_policy(path)
         try:
             policy = cls(**settings)
         except ValueError as error:
             raise ValueError(f"The policy file {path}: {error}") from error
-        shape = tuple(policy.logits.shape)
-        found = {name: tuple(value.shape) for name, value in parameters.items()}
-        # Without stages a parameter is an empty list, which shows no second dimension.
-        wanted = dict.fromkeys(
-            dict(policy.named_parameters()), shape if shape[0] else (0,)
-        )
-        if found != wanted:
-            raise ValueError(
-                f"The policy file {path} holds parameters {found}, but {shape[0]} "
-                f"stages of {shape[1]} operations need {wanted}. Save the policy again."
-            )
+        policy_file.check_shapes(path, parameters, dict(policy.named_parameters()))
         policy.to(parameters["logits"].dtype)
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
-                parameter.copy_(parameters[name].reshape(shape))
+                parameter.copy_(parameters[name].reshape(parameter.shape))
         policy.provenance = provenance
         return policy
 
@@ -430,81 +352,18 @@ class TaskAugPolicy(nn.Module):
             f"selection={self.selection!r}, sampling_rate={self.sampling_rate}"
         )
 
-    def _sample_stage(
-        self,
-        stage: int,
-        shape: torch.Size,
-        generator: torch.Generator | None,
-        complete: bool,
-    ) -> StageDraw:
-        records = shape[0] if self.selection == "sample" else 1
-        device = self.logits.device
-        source = device if generator is None else generator.device
-
-        def noise(draw: Draw, size: torch.Size) -> Tensor:
-            made = draw(
-                size, dtype=self.logits.dtype, device=source, generator=generator
-            )
-            return made.to(device)
-
-        uniform = torch.rand(
-            records, self.logits.shape[1], device=source, generator=generator
-        ).to(self.logits)
-        tiny = torch.finfo(uniform.dtype).tiny
-        gumbel = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
-        chosen = (self.logits[stage] + gumbel).argmax(dim=-1).expand(shape[0])
-        rows = tuple(
-            (chosen == column).nonzero().squeeze(1)
-            for column in range(len(self._operations))
-        )
-        drawn = {
-            op.name: noise(
-                self._draw_of(op),
-                shape if complete else torch.Size([len(own), *shape[1:]]),
-            )
-            for op, own in zip(self._operations, rows, strict=True)
-            if complete or len(own)
-        }
-        return StageDraw(self._soft(stage), rows, drawn, complete)
-
     def _apply_stage(
         self, stage: int, x: Tensor, labels: Tensor | None, draw: StageDraw
     ) -> Tensor:
         magnitude = self._magnitude_of(stage, labels, len(x))
-        result = self._apply_chosen(x, magnitude, draw)
+        rate = self.sampling_rate
+        result = self._operations.apply_chosen(x, magnitude, draw, rate)
         if not draw.complete:
             return result
         with torch.no_grad():
-            values = self._values(x, magnitude, draw)
+            values = self._operations.apply_each(x, magnitude, draw, rate)
         slope = self._soft(stage) - draw.soft  # zero at the draw
         return result + torch.einsum("o,obct->bct", slope.to(x.dtype), values)
-
-    def _values(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
-        """Return what each operation makes of each record (O, B, C, T)."""
-        return torch.stack(
-            [
-                op.apply(
-                    x, magnitude[:, column], draw.noise[op.name], self.sampling_rate
-                )
-                for column, op in enumerate(self._operations)
-            ]
-        )
-
-    def _apply_chosen(self, x: Tensor, magnitude: Tensor, draw: StageDraw) -> Tensor:
-        pieces = []
-        for column, (op, rows) in enumerate(
-            zip(self._operations, draw.rows, strict=True)
-        ):
-            if len(rows):
-                noise = draw.noise[op.name]
-                noise = noise[rows] if draw.complete else noise
-                pieces.append(
-                    op.apply(
-                        x[rows], magnitude[rows, column], noise, self.sampling_rate
-                    )
-                )
-        order = torch.cat(draw.rows).argsort()
-        return torch.cat(pieces)[order]
 
     def _soft(self, stage: int) -> Tensor:
         return (self.logits[stage] / self.temperature).softmax(dim=-1)
@@ -530,30 +389,7 @@ class TaskAugPolicy(nn.Module):
         return torch.lerp(negative.expand(records, -1), positive, share)
 
     def _bounded(self, unbounded: Tensor) -> Tensor:
-        return torch.lerp(self._low, self._high, unbounded.sigmoid())
-
-    def _draw_of(self, op: Augmentation) -> Draw:
-        by_electrode = op.name == "lead_dropout" and self.dropout_by == "electrode"
-        return electrode_noise if by_electrode else op.draw
-
-
-def _chosen_only(draw: StageDraw) -> StageDraw:
-    if not draw.complete:
-        return draw
-    named = zip(draw.noise.items(), draw.rows, strict=True)
-    noise = {name: value[rows] for (name, value), rows in named if len(rows)}
-    return StageDraw(draw.soft, draw.rows, noise, complete=False)
-
-
-def _operations(names: Sequence[str] | None) -> tuple[Augmentation, ...]:
-    names = tuple(AUGMENTATIONS) if names is None else tuple(names)
-    unknown = [name for name in names if name not in AUGMENTATIONS]
-    if unknown or not names or len(set(names)) != len(names):
-        raise ValueError(
-            f"operations must be one or more different names of "
-            f"{list(AUGMENTATIONS)}, got {list(names)}."
-        )
-    return tuple(AUGMENTATIONS[name] for name in names)
+        return torch.lerp(*self._bounds, unbounded.sigmoid())
 
 
 def _column_of_labels(labels: Tensor, records: int) -> Tensor:

@@ -11,9 +11,9 @@ from ..datasets import SampleDataset
 from .base_model import BaseModel
 from .ecg_classifier import ECGClassifier
 from .resnet_1d import _ResNet1D
-from .taskaug_policy import PolicyDraw, StageDraw, TaskAugPolicy
+from .taskaug_policy import TaskAugPolicy
 
-__all__ = ["PolicyDraw", "StageDraw", "TaskAugPolicy", "TaskAugResNet"]
+__all__ = ["TaskAugPolicy", "TaskAugResNet"]
 
 
 class TaskAugResNet(BaseModel):

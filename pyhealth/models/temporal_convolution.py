@@ -109,7 +109,20 @@ class _Convolution(_Bilinear):
     @staticmethod
     def forward(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         stride, padding, _ = geometry
-        return torch.conv2d(x, w, None, (1, stride), (0, padding))
+        dtype = _computed_in(x)
+        # Not torch.conv2d, whose operands autocast would narrow again.
+        y = torch.ops.aten.convolution(
+            x.to(dtype),
+            w.to(dtype),
+            None,
+            [1, stride],
+            [0, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+        )
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, g: Tensor | None):
@@ -189,6 +202,20 @@ def _gradients(
     g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     stride, padding, _ = geometry
-    return torch.ops.aten.convolution_backward(
-        g, x, w, None, [1, stride], [0, padding], [1, 1], False, [0, 0], 1, mask
+    dtype = _computed_in(g)
+    operands = [operand.to(dtype) for operand in (g, x, w)]
+    gradients = torch.ops.aten.convolution_backward(
+        *operands, None, [1, stride], [0, padding], [1, 1], False, [0, 0], 1, mask
     )
+    return tuple(None if one is None else one.to(g.dtype) for one in gradients)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """Return the precision to convolve a signal in; its results are rounded to its own.
+
+    Where the processor has no 16-bit convolution (AVX2 only), torch's stand-in takes 3
+    to 17 times as long as the one in 32 bit, whose sums are at least as exact.
+    """
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    emulated = narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated else x.dtype

@@ -84,7 +84,7 @@ def attempt(read: Callable, path: str) -> object:
 
 def scp_codes(content: bytes) -> None:
     """Parse this text; codes with likelihoods, or a ValueError."""
-    from pyhealth.datasets.ptbxl import parse_scp_codes
+    from pyhealth.datasets.ptbxl_statements import parse_scp_codes
 
     text = content.decode("utf-8", errors="surrogateescape")
     try:
@@ -108,8 +108,8 @@ def main() -> None:
     name, *rest = sys.argv[1:]
     with atheris.instrument_imports(include=["pyhealth.processors", "wfdb.io"]):
         import pyhealth.processors.ecg_record_processor
-    with atheris.instrument_imports(include=["pyhealth.datasets.ptbxl"]):
-        import pyhealth.datasets.ptbxl  # noqa: F401
+    with atheris.instrument_imports(include=["pyhealth.datasets.ptbxl_statements"]):
+        import pyhealth.datasets.ptbxl_statements  # noqa: F401
     # libFuzzer looks at the peak, which on Linux begins with that of the parent.
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10 + ROOM
     atheris.Setup([sys.argv[0], f"-rss_limit_mb={limit}", *rest], TARGETS[name])

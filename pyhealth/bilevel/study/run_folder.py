@@ -16,7 +16,8 @@ from ...models.policy_file import Provenance
 from ...models.taskaug_policy import TaskAugPolicy
 from ...processors.ecg_processor import ECGProcessor
 from ..checkpoint import write_whole
-from ..plots import plot_ecg, plot_learning_curves, plot_policy, plot_roc_pr
+from ..ecg_paper import plot_ecg
+from ..plots import plot_learning_curves, plot_policy, plot_roc_pr
 from ..trainer import BiLevelTrainer
 from .data import PreparedData, identities
 from .scores import by_label

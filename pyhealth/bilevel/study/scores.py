@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from pyhealth.metrics.calibration import ece_confidence_binary
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -12,6 +11,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from ...metrics.calibration import ece_confidence_binary
 from .statistics import bootstrap_auroc
 
 __all__ = ["by_label", "score"]

@@ -64,19 +64,8 @@ def train(
         >>> train(RunSettings(epochs=3), data, Path("output"))  # doctest: +SKIP
     """
     kind = data.train.output_schema["label"]
-    # The policy takes no random number to build, so a seed gives the same initial
-    # backbone under every kind of policy.
-    torch.manual_seed(settings.seed)
-    model = TaskAugResNet(
-        data.train,
-        num_leads=len(data.task.leads),
-        policy_stages=0,  # until the settings' own is made
-        base_width=settings.base_width,
-        train_policy_jointly=settings.policy == "joint",
-    )
-    model.policy = _policy(settings, data.task.sampling_rate)
     trainer = BiLevelTrainer(
-        model,
+        _model(settings, data),
         metrics=METRICS[kind],
         device=settings.device,
         enable_logging=False,
@@ -111,6 +100,21 @@ def train(
         reestimate_statistics=settings.reestimate_statistics,
     )
     return trainer
+
+
+def _model(settings: RunSettings, data: PreparedData) -> TaskAugResNet:
+    # The policy takes no random number to build, so a seed gives the same initial
+    # backbone under every kind of policy.
+    torch.manual_seed(settings.seed)
+    model = TaskAugResNet(
+        data.train,
+        num_leads=len(data.task.leads),
+        policy_stages=0,  # until the settings' own is made
+        base_width=settings.base_width,
+        train_policy_jointly=settings.policy == "joint",
+    )
+    model.policy = _policy(settings, data.task.sampling_rate)
+    return model
 
 
 class Mixup:
