@@ -6,24 +6,41 @@ import json
 import subprocess
 import sys
 
-#: Registers before anything else is imported, as an entry in the file would.
+#: Adds the entry as soon as the module has run, as a line in its file would: before any
+#: other module, PyHealth's own included, can take the registry from it.
 SCRIPT = """
-import json, sys
+import importlib.util, json, sys
 from types import MappingProxyType
 
 import torch
-from pyhealth.models import ecg_augmentations
-from pyhealth.models.ecg_draws import signed_noise
 
 
 def offset(x, magnitude, draw, rate):
     return x + (magnitude * draw.reshape(len(x)))[:, None, None]
 
 
-ninth = ecg_augmentations.Augmentation("offset", offset, signed_noise, 0.0, 2.0, "mV")
-ecg_augmentations.AUGMENTATIONS = MappingProxyType(
-    {**ecg_augmentations.AUGMENTATIONS, "offset": ninth}
-)
+class Entry:
+    def find_spec(self, name, path=None, target=None):
+        if name != "pyhealth.models.ecg_augmentations":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module):
+            from pyhealth.models.ecg_draws import signed_noise
+
+            execute(module)
+            ninth = module.Augmentation("offset", offset, signed_noise, 0.0, 2.0, "mV")
+            module.AUGMENTATIONS = MappingProxyType(
+                {**module.AUGMENTATIONS, "offset": ninth}
+            )
+
+        spec.loader.exec_module = execute_and_add
+        return spec
+
+
+sys.meta_path.insert(0, Entry())
 
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
 from pyhealth.models.learned_augmentation import LearnedAugmentation
