@@ -61,6 +61,8 @@ LEFT_OUT: dict[str, str] = {
     "test_makefile.py": "is about the Makefile",
     "test_published_policies.py": "compares policies with cards and docs/policies.md",
     "test_readme.py": "is about README.md",
+    "test_documentation.py": "is about the documentation site",
+    "test_structure.py": "holds this repository's structure",
     "test_docs.py": (
         "looks at every module below pyhealth/, in the copy PyHealth's too; the "
         "checks examples and imports do its work for our modules"

@@ -264,7 +264,7 @@ def _sum(terms: Iterable[Tensors]) -> dict[str, Tensor]:
     terms = iter(terms)
     total = dict(next(terms))
     for term in terms:
-        for name in total:
+        for name in tuple(total):  # one by one: no second sum is held meanwhile
             total[name] = total[name] + term[name]
         del term  # as large as the weights, and not needed beside the next one
     return total
