@@ -281,8 +281,8 @@ def test_two_processes_give_the_hypergradient_of_the_union_batch(
 
     def work(index):
         processes = Processes("cpu")
-        step = step_of(train_set, norm, index, **settings)
-        step.average, step.gather = processes.average, processes.gather
+        together = {"average": processes.average, "gather": processes.gather}
+        step = step_of(train_set, norm, index, **together, **settings)
         loss, gradient = step.inner_and_outer(
             processes.share(batch, 9), processes.share(val_batch, 7)
         )
@@ -315,8 +315,8 @@ def test_shares_of_one_class_are_ranked_with_the_others(train_set):
     def work(index):
         processes = Processes("cpu")
         settings = {"method": "alignment", "outer_loss": "ranking"}
+        settings |= {"average": processes.average, "gather": processes.gather}
         step = step_of(train_set, False, index, **settings)
-        step.average, step.gather = processes.average, processes.gather
         shares = processes.share(batch, 8), processes.share(val_batch, 6)
         return step.inner_and_outer(*shares)[1]["logits"].tolist()
 

@@ -140,10 +140,9 @@ class BiLevelStep:
         self.neumann_lr = neumann_lr
         self.keep_graph = keep_graph
         self.alignment_records = alignment_records
-        self.average = average
         self.finite = torch.tensor(True)
         self._weights = WeightStep(
-            self.classifier, params, optimizer, micro_batch, average
+            self.classifier, self.params, optimizer, micro_batch, average
         )
         self._validation = ValidationGradient(
             self.classifier, outer_loss, micro_batch, gather
@@ -216,7 +215,7 @@ class BiLevelStep:
             cotangent = self._through_weights(pieces, leaf, grads, val_batch, seed)
             gradient = self._to_policy(self.policy.apply(x, labels, draw), cotangent)
         of = val_batch if self.method == "darts" else batch
-        gradient = self._mean(gradient, self.classifier.records(of))
+        gradient = self._weights.mean(gradient, self.classifier.records(of))
         return loss, self._taken(gradient, buffers)
 
     def _taken(self, gradient: Tensors, buffers: Tensors) -> dict[str, Tensor]:
@@ -289,7 +288,7 @@ class BiLevelStep:
             self.params,
             {"x": augmented},
             method=self.method,
-            average=lambda tensors, of: self._mean(tensors, records[of]),
+            average=lambda tensors, of: self._weights.mean(tensors, records[of]),
             val_gradient=lambda at: self._validation(at, val_batch, seed),
             first_try=self._first_try,
             **settings,
@@ -302,7 +301,7 @@ class BiLevelStep:
         inner_step = inner_step_of(self.optimizer, self.params)
         weights = {name: p.detach() for name, p in self.params.items()}
         after, slope = inner_step(weights, {n: p.grad for n, p in self.params.items()})
-        gradients = self._mean(
+        gradients = self._weights.mean(
             self._validation(after, val_batch, seed), self.classifier.records(val_batch)
         )
         direction = {name: slope[name] * gradients[name] for name in after}
@@ -354,9 +353,6 @@ class BiLevelStep:
             name: torch.zeros_like(leaf) if gradient is None else gradient
             for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
         }
-
-    def _mean(self, tensors: Tensors, records: int) -> Tensors:
-        return tensors if self.average is None else self.average(tensors, records)
 
     def _signals(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device, classifier = self.policy.logits.device, self.classifier

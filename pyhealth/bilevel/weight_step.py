@@ -48,7 +48,7 @@ class WeightStep:
         average: Average | None = None,
     ) -> None:
         self.classifier = classifier
-        self.params = dict(params)
+        self.params = params
         self.optimizer = optimizer
         self.micro_batch = micro_batch
         self.average = average
@@ -126,7 +126,7 @@ class WeightStep:
             )
         total = sum(losses, start=torch.zeros_like(losses[0]))
         if self.average is not None:
-            total = self._average_in_place(self.average, total, pieces[-1].rows.stop)
+            total = self._average_in_place(total, pieces[-1].rows.stop)
         return total, used
 
     def _write(self, grads: list[Tensor | None]) -> None:
@@ -137,19 +137,28 @@ class WeightStep:
                 gradient = gradient if self.average is None else gradient.clone()
             weight.grad = gradient
 
-    def _average_in_place(self, average: Average, loss: Tensor, records: int) -> Tensor:
+    def _average_in_place(self, loss: Tensor, records: int) -> Tensor:
         """Average loss, gradients and running statistics over the processes."""
         tensors = {f"grad {i}": g for i, g in enumerate(self._gradients())}
         for name, module in self.classifier.model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 tensors[f"mean {name}"] = module.running_mean
                 tensors[f"var {name}"] = module.running_var
-        means = average({"loss": loss, **tensors}, records)
+        means = self.mean({"loss": loss, **tensors}, records)
         for name, tensor in tensors.items():
             # .data: a kept graph holds the running statistics, though it reads none of
             # them in training, and would refuse to go backward after a visible change.
             tensor.data.copy_(means[name])
         return means["loss"]
+
+    def mean(self, tensors: Tensors, records: int) -> Tensors:
+        """Return the mean over the processes.
+
+        Args:
+            tensors: of this process, by name.
+            records: that they come from, the weight in the mean.
+        """
+        return tensors if self.average is None else self.average(tensors, records)
 
     def finite(self, loss: Tensor) -> Tensor:
         """Return whether loss and gradients are finite, a 0-dim tensor."""
