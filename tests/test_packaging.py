@@ -148,7 +148,7 @@ def test_the_source_distribution_holds_everything_that_a_checkout_does(tmp_path)
         "Makefile",
     )
     files += ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-    passed_over = shutil.ignore_patterns("__pycache__", "_build")
+    passed_over = shutil.ignore_patterns("__pycache__", "_build", "_generated")
     for name in folders:
         shutil.copytree(ROOT / name, tmp_path / "a" / name, ignore=passed_over)
     for name in files:
