@@ -1,5 +1,6 @@
 """Shared, read-only things that are slow to make, made once a session."""
 
+import logging
 import os
 
 # Before litdata is imported: it would ask a registry for its newest version.
@@ -11,6 +12,28 @@ import torch
 # The networks here are tiny: more threads cost time, and a great deal of it where other
 # programs use the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def usual_log_levels():
+    """A program sets the levels of its process; the next file's tests read the log."""
+    loggers = [
+        logging.getLogger(name) for name in ("pyhealth", "pyhealth.trainer.bilevel")
+    ]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def no_log_files():
+    """PyHealth's Trainer never takes its log files back."""
+    yield
+    logger = logging.getLogger("pyhealth.trainer")
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

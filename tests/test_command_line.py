@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import pyhealth
 from pyhealth.bilevel import BiLevelTrainer
 from pyhealth.bilevel.epoch import EpochRunner
 from pyhealth.bilevel.study.configurations import CONFIGURATIONS
@@ -65,11 +63,7 @@ def arguments_of(corpus, cache_dir, dataset):
 @pytest.fixture(scope="module")
 def run(script, arguments_of):
     """Run the command line on the corpus."""
-    loggers = [pyhealth.logger, logging.getLogger("pyhealth.trainer.bilevel")]
-    before = [logger.level for logger in loggers]
-    yield lambda folder, *arguments: script.main([*arguments_of(folder), *arguments])
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
+    return lambda folder, *arguments: script.main([*arguments_of(folder), *arguments])
 
 
 @pytest.fixture(scope="module")

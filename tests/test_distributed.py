@@ -6,7 +6,6 @@ Two processes under gloo are forked from this one, whose imports are done.
 from __future__ import annotations
 
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
@@ -35,15 +34,6 @@ LEADS, LENGTH, RATE = 2, 60, 50
 
 # The children are forked on purpose, and what they inherit they do not use.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def no_log_files():
-    """PyHealth's Trainer never takes its log files back."""
-    yield
-    for handler in list(logging.getLogger("pyhealth.trainer").handlers):
-        handler.close()
-        logging.getLogger("pyhealth.trainer").removeHandler(handler)
 
 
 def samples_of(name, seed, records):

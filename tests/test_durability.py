@@ -8,7 +8,6 @@ which is drawn from a seed: any moment can be hit, and a failure can be repeated
 from __future__ import annotations
 
 import errno
-import logging
 import multiprocessing
 import os
 import random
@@ -37,15 +36,6 @@ KILLS = 8
 
 # The children are forked on purpose, and what they inherit they do not use.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def no_log_files():
-    """PyHealth's Trainer never takes its log files back."""
-    yield
-    for handler in list(logging.getLogger("pyhealth.trainer").handlers):
-        handler.close()
-        logging.getLogger("pyhealth.trainer").removeHandler(handler)
 
 
 def raw_samples(name, seed, records=16):

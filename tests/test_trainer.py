@@ -33,10 +33,6 @@ def messages(caplog):
     pyhealth_logger.addHandler(caplog.handler)
     yield caplog
     pyhealth_logger.removeHandler(caplog.handler)
-    # PyHealth's Trainer never takes its log files back.
-    for handler in list(logging.getLogger("pyhealth.trainer").handlers):
-        handler.close()
-        logging.getLogger("pyhealth.trainer").removeHandler(handler)
 
 
 def samples_of(name, seed, records=24, label=None):
