@@ -35,16 +35,27 @@ autodoc_typehints = "none"
 napoleon_custom_sections = ["Cite", "Convention"]
 napoleon_use_ivar = True
 # The tables that benchmarks print bring their headings with them.
-suppress_warnings = ["myst.xref_missing", "myst.header"]
+suppress_warnings = ["myst.header"]
 
 
-def draw_figures(app: Sphinx) -> None:
-    """Make the pictures and the gallery's page before the sources are read."""
+def make_pages(app: Sphinx) -> None:
+    """Make the pictures, the gallery and the policies' cards into sources."""
     from figures import draw_all
 
     draw_all(DOCS / "_generated")
+    cards = DOCS / "_generated" / "policies"
+    cards.mkdir(exist_ok=True)
+    for card in sorted((DOCS.parent / "policies").glob("*.md")):
+        text = card.read_text(encoding="utf-8").replace("](../docs/", "](../../")
+        (cards / card.name).write_text(text, encoding="utf-8")
+
+
+def link_cards(app: Sphinx, page: str, source: list[str]) -> None:
+    """Lead to the cards' copies, since the cards lie outside of the site's sources."""
+    source[0] = source[0].replace("](../policies/", "](_generated/policies/")
 
 
 def setup(app: Sphinx) -> None:
-    """Hook the pictures into the build."""
-    app.connect("builder-inited", draw_figures)
+    """Hook the generated pages into the build."""
+    app.connect("builder-inited", make_pages)
+    app.connect("source-read", link_cards)
