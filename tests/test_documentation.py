@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 SCRIPT = "examples/ptbxl_ecg_classification_taskaug_resnet.py"
 PAGES = {page.name: page for page in sorted(DOCS.glob("*.md"))}
 #: Languages of blocks that are no code to run: output, data.
-NOT_RUN = {"text", "", "{toctree}", "{include}", "{literalinclude}"}
+NOT_RUN = {"text", "{toctree}", "{include}", "{literalinclude}"}
 #: Commands of other tools, in the shell blocks of the pages that explain them.
 OTHER_COMMANDS = (
     "make",

@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from pyhealth.bilevel import ecg_paper, plots
 from pyhealth.bilevel.ecg_paper import PRINTED_LEADS, plot_ecg
 from pyhealth.bilevel.plots import plot_learning_curves, plot_policy, plot_roc_pr
+from pyhealth.processors.ecg_record_processor import STANDARD_LEADS
 
 NAN = float("nan")
 OPS = ("gaussian_noise", "time_mask", "temporal_displacement", "no_op")
@@ -143,10 +144,13 @@ package = sys.modules["bilevel"] = types.ModuleType("bilevel")
 package.__path__ = [{str(Path(plots.__file__).parent)!r}]
 module = importlib.import_module("bilevel.plots")
 module.plot_roc_pr({{"a": ([0, 1], [0.2, 0.8])}}, {str(tmp_path / "a.png")!r})
+module = importlib.import_module("bilevel.ecg_paper")
+module.plot_ecg([[[0.0] * 100]], {str(tmp_path / "b.png")!r}, sampling_rate=100,
+                lead_names=["II"])
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    assert (tmp_path / "a.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png"}
 
 
 class TestLearningCurves:
@@ -360,6 +364,9 @@ class TestEcg:
             starts = thick[np.diff(thick, prepend=-9) > 1]
             assert len(starts) > 5
             assert set(np.diff(starts)) == {round(5 * mm)}
+
+    def test_the_printed_leads_are_the_standard_ones(self):
+        assert tuple(name.upper() for name in PRINTED_LEADS) == STANDARD_LEADS
 
     def test_clinical_page(self, drawn, tmp_path):
         """Three rows of four quarters, then lead II, whatever the order of leads."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyhealth.models.resnet_1d import _BasicBlock, _ResNet1D
 from pyhealth.models.temporal_convolution import TemporalConv, signal_layout
@@ -129,6 +130,48 @@ def test_derivative_in_the_signal_forms_no_gradient_of_the_weights(capability):
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::convolution"] == 1  # of the signal with the direction
     assert counts["aten::convolution_backward"] == 2  # to the signal, from each side
+
+
+class Convolutions(TorchDispatchMode):
+    """Collects the precisions in which convolutions and their gradients are formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "convolution" in function.__name__:
+            self.precisions.setdefault(function.__name__, set()).add(args[0].dtype)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("supported", [False, True], ids=["avx2", "avx512_bf16"])
+def test_without_a_16_bit_convolution_it_is_that_of_32_bit_rounded(
+    supported, autocast, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported
+    )
+    torch.manual_seed(0)
+    convolution = TemporalConv(4, 8, 3)
+    given = convolution.weight.detach().bfloat16(), torch.randn(3, 4, 1, 50).bfloat16()
+
+    def results(dtype, autocast):
+        weight, x = (tensor.to(dtype).requires_grad_() for tensor in given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = functional_call(convolution, {"weight": weight}, (x,))
+        return y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+
+    with Convolutions() as seen:
+        mine = results(torch.float32 if autocast else torch.bfloat16, autocast)
+    precision = {torch.bfloat16 if supported else torch.float32}
+    for function in ("convolution", "convolution_backward"):
+        assert seen.precisions[f"{function}.default"] == precision
+    assert mine[0].dtype is torch.bfloat16
+    if not supported:
+        for own, expected in zip(mine, results(torch.float32, False), strict=True):
+            assert own.bfloat16().equal(expected.bfloat16())
 
 
 ODD_BATCH = """\

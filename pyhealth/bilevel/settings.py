@@ -25,42 +25,47 @@ class TrainingSettings:
     """The settings of a run, in plain values.
 
     They are the arguments of :meth:`~pyhealth.bilevel.trainer.BiLevelTrainer.train`,
-    which says what each means; ``outer_loss`` is a name here.
+    which says what each means and has their defaults; ``outer_loss`` is a name here.
 
     Raises:
         ValueError: if a count is below 1, or a choice is none of the possible ones.
 
     Examples:
-        >>> TrainingSettings(outer_loss="ranking").epochs
+        >>> from inspect import signature
+        >>> from pyhealth.bilevel import BiLevelTrainer
+        >>> arguments = signature(BiLevelTrainer.train).parameters
+        >>> usual = {name: argument.default for name, argument in arguments.items()}
+        >>> usual["outer_loss"] = "ranking"
+        >>> TrainingSettings.among(usual).epochs
         5
-        >>> TrainingSettings(outer_loss="ranking", epochs=0)
+        >>> TrainingSettings.among(usual | {"epochs": 0})
         Traceback (most recent call last):
         ValueError: epochs must be 1 or more, got 0.
     """
 
     outer_loss: str
-    epochs: int = 5
-    inner_lr: float = 1e-3
-    outer_lr: float = 3e-2
-    warmup_epochs: int = 1
-    hypergradient: OuterMethod | None = "alignment"
-    neumann_terms: int = 1
-    neumann_lr: float | None = None
-    outer_every: int = 1
-    accumulate: int = 1
-    val_statistics: Literal["running", "batch"] = "running"
-    alignment_records: int = 64
-    micro_batch: int | None = None
-    weight_decay: float = 0.0
-    monitor: str = "roc_auc"
-    monitor_criterion: Literal["max", "min"] = "max"
-    load_best_model_at_last: bool = True
-    patience: int | None = None
-    max_seconds: float | None = None
-    resume: bool | str = False
-    checkpoint_every: int | None = None
-    max_bad_steps: int = 10
-    reestimate_statistics: bool = False
+    epochs: int
+    inner_lr: float
+    outer_lr: float
+    warmup_epochs: int
+    hypergradient: OuterMethod | None
+    neumann_terms: int
+    neumann_lr: float | None
+    outer_every: int
+    accumulate: int
+    val_statistics: Literal["running", "batch"]
+    alignment_records: int
+    micro_batch: int | None
+    weight_decay: float
+    monitor: str
+    monitor_criterion: Literal["max", "min"]
+    load_best_model_at_last: bool
+    patience: int | None
+    max_seconds: float | None
+    resume: bool | str
+    checkpoint_every: int | None
+    max_bad_steps: int
+    reestimate_statistics: bool
 
     def __post_init__(self) -> None:
         for name in (

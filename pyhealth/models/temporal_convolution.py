@@ -213,8 +213,8 @@ def _gradients(
 def _computed_in(x: Tensor) -> torch.dtype:
     """Return the precision to convolve a signal in; its results are rounded to its own.
 
-    Where the processor has no 16-bit convolution (AVX2 only), torch's stand-in takes 3
-    to 17 times as long as the one in 32 bit, whose sums are at least as exact.
+    Where the processor has no 16-bit convolution (AVX2 only), torch's stand-in is far
+    slower than the one in 32 bit, whose sums are at least as exact.
     """
     narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
     emulated = narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
