@@ -74,6 +74,24 @@ def functions(tree, prefix=""):
             yield from functions(node, prefix)
 
 
+def public_annotations(tree):
+    """Yield the annotations that a user of a module or class meets."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_annotations(node)
+        elif isinstance(node, ast.AnnAssign):
+            yield node.annotation
+        elif isinstance(node, ast.TypeAlias):
+            yield node.value
+        elif isinstance(node, ast.FunctionDef) and (
+            not node.name.startswith("_") or node.name.endswith("__")
+        ):
+            own = node.args
+            named = [*own.posonlyargs, *own.args, own.vararg, *own.kwonlyargs]
+            yield from (a.annotation for a in [*named, own.kwarg] if a and a.annotation)
+            yield from [node.returns] if node.returns else []
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_short(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= (
@@ -125,3 +143,15 @@ def test_modules_of_ours_are_imported_relatively(module):
         and f"{node.module}.".startswith("pyhealth.")
     ]
     assert not absolute
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_public_type_is_any(module):
+    """mypy holds that there is a type everywhere; it should say something, too."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    unknown = [
+        ast.unparse(annotation)
+        for annotation in public_annotations(tree)
+        if any(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(annotation))
+    ]
+    assert not unknown
