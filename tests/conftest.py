@@ -8,10 +8,28 @@ os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 import pytest
 import torch
+from dask.distributed import LocalCluster
+
+from pyhealth.datasets import base_dataset
 
 # The networks here are tiny: more threads cost time, and a great deal of it where other
 # programs use the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def events_are_read_in_this_process():
+    """As in notebooks: a worker process would first import PyHealth, for seconds.
+
+    Programs that tests start have worker processes.
+    """
+
+    def cluster(**settings):
+        return LocalCluster(**settings | {"processes": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_dataset, "DaskCluster", cluster)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

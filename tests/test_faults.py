@@ -333,6 +333,11 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 import test_faults
 from pathlib import Path
+from dask.distributed import LocalCluster
+from pyhealth.datasets import base_dataset
+base_dataset.DaskCluster = lambda **settings: LocalCluster(
+    **settings | {"processes": False}
+)
 if __name__ == "__main__":
     train, val, test = test_faults.prepared(Path(sys.argv[1]))
     print([len(part) for part in (train, val, test)], float(train[0]["ecg"].sum()))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 from dask.distributed import Client
+from filelock import FileLock
 
 from ..processors.base_processor import FeatureProcessor
-from ..tasks import BaseTask
+from ..tasks.base_task import BaseTask
 from ..tasks.ecg_task import ECGRecords, ECGTask
 from .base_dataset import BaseDataset
 from .corpus_root import CorpusRoot
@@ -163,6 +165,18 @@ class ECGDataset(BaseDataset):
     def _init_cache_dir(self, cache_dir: str | Path | None) -> Path:
         # Absolute: a cluster's workers have working directories of their own.
         return super()._init_cache_dir(cache_dir).resolve()
+
+    def _event_transform(self, output_dir: Path) -> None:
+        # Where several processes begin at once, one makes the table, and none sees a
+        # half of it.
+        with FileLock(f"{output_dir}.lock"):
+            if output_dir.exists():
+                return
+            unfinished = output_dir.with_suffix(".unfinished")
+            if unfinished.exists():  # of a process that was killed
+                shutil.rmtree(unfinished)
+            super()._event_transform(unfinished)
+            unfinished.rename(output_dir)
 
     def _task_transform(
         self, task: BaseTask, output_dir: Path, num_workers: int
