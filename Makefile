@@ -28,9 +28,10 @@ test: $(STAMP) ## run every test with its coverage, then the style checks
 test-fast: $(STAMP) ## run the tests that take less than seconds each
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
 
-lint: $(STAMP) ## check style and layout with ruff
+lint: $(STAMP) ## check style and layout with ruff, types with mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 docs: $(STAMP) ## build the documentation into docs/_build/html; warnings are errors
 	$(PY) -m sphinx -W --keep-going docs docs/_build/html
@@ -52,7 +53,7 @@ venv: $(STAMP) ## only make .venv (about 7 GB, minutes, once)
 
 clean: ## remove what builds, tests and the demo wrote (.venv stays)
 	rm -rf build dist ./*.egg-info .coverage .coverage.* htmlcov output/demo
-	rm -rf docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/_generated .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyhealth policies examples tests benchmarks docs -type d -name __pycache__ \
 		-prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -34,4 +35,5 @@ def test_nothing_new_is_found_at_once(name, runs, tmp_path):
     )
     told = f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0, told
-    assert f"Done {runs} runs" in done.stderr
+    (count,) = re.findall(r"Done (\d+) runs", done.stderr)
+    assert int(count) >= runs  # the corpus is run in any case

@@ -16,7 +16,7 @@ case "$1 $2" in
 "-c "*) echo {version} "$0"; exit {status} ;;
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip") echo "$*" >>"{folder}/installs"; test ! -e "{folder}/offline" ;;
-"-m ruff") echo "$*" >>"{folder}/checks"; test ! -e "{folder}/untidy" ;;
+"-m ruff" | "-m mypy") echo "$*" >>"{folder}/checks"; test ! -e "{folder}/untidy" ;;
 esac
 """
 UV_STUB = """#!/bin/sh
@@ -181,7 +181,11 @@ def test_the_commit_hook_runs_the_checks_of_make_lint(checkout):
     checkout.stub(checkout.stubs / "python3.13", version="3.13")
     assert checkout.make("lint").returncode == 0
     checks = checkout.checks()
-    assert [line.split()[2] for line in checks] == ["check", "format"]
+    assert [line.split()[1:3] for line in checks] == [
+        ["ruff", "check"],
+        ["ruff", "format"],
+        ["mypy"],
+    ]
 
     folder = checkout.folder
     shutil.copy2(ROOT / ".pre-commit-config.yaml", folder)

@@ -134,7 +134,9 @@ def _slopes(
     return slope
 
 
-def _slopes_in_reverse(losses, params, direction) -> Tensor | None:
+def _slopes_in_reverse(
+    losses: Callable[[Tensors], Tensor], params: Tensors, direction: Tensors
+) -> Tensor | None:
     """Return the slopes by reverse mode, applied twice; None if there are none."""
     with torch.enable_grad():
         weights = {n: p.detach().requires_grad_() for n, p in params.items()}

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from ..models.taskaug_policy import TaskAugPolicy
 from .step import OuterMethod
+from .types import Batch
 
 __all__ = [
     "check_label",
@@ -157,7 +158,7 @@ def expected_scores(model: nn.Module, metrics: Sequence[str] | None) -> list[str
     return [*named, "loss"]
 
 
-def check_loaders(**loaders: DataLoader) -> None:
+def check_loaders(**loaders: DataLoader[Batch]) -> None:
     """Check that there are batches.
 
     Args:

@@ -24,6 +24,9 @@ __all__ = [
 
 PRECISIONS = ("fp32", "bf16")
 
+#: The switch of a model that augments by itself.
+SWITCH = "augment"
+
 
 def classifier_parameters(
     model: nn.Module, policy: nn.Module
@@ -200,12 +203,12 @@ def augmented_by_trainer(model: nn.Module) -> Iterator[None]:
         ...     print(model.augment)
         False
     """
-    before = getattr(model, "augment", None)
+    before = getattr(model, SWITCH, None)
     if not isinstance(before, bool):  # a model's own layer may have that name
         yield
         return
-    model.augment = False
+    setattr(model, SWITCH, False)
     try:
         yield
     finally:
-        model.augment = before
+        setattr(model, SWITCH, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .types import Tensors
+from .types import Batch, Tensors
 
 __all__ = ["Average", "Gather", "Processes", "prepared_by_main", "read_whole"]
 
@@ -58,9 +58,7 @@ class Processes:
         """Whether this process is the one that writes."""
         return self.index == 0
 
-    def share(
-        self, batch: Mapping[str, object], records: int
-    ) -> dict[str, object] | None:
+    def share(self, batch: Batch, records: int) -> dict[str, Tensor] | None:
         """Return this process's rows of a batch.
 
         Args:
@@ -138,7 +136,7 @@ class Processes:
         return max(self.all(number))
 
 
-def read_whole(dataset: Dataset, processes: Processes) -> None:
+def read_whole(dataset: Dataset[object], processes: Processes) -> None:
     """Let every process read all of a streaming dataset, not a part of its own.
 
     Streaming datasets look at the launch by themselves and drop what does not divide.
@@ -150,7 +148,9 @@ def read_whole(dataset: Dataset, processes: Processes) -> None:
     Examples:
         >>> read_whole(torch.utils.data.TensorDataset(), Processes("cpu"))
     """
-    if processes.count > 1 and hasattr(dataset, "distributed_env"):
+    if processes.count == 1:
+        return
+    if hasattr(dataset, "distributed_env") and hasattr(dataset, "set_drop_last"):
         environment = type(dataset.distributed_env)
         dataset.distributed_env = environment(world_size=1, global_rank=0, num_nodes=1)
         dataset.set_drop_last(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +25,15 @@ _MM_PER_SECOND, _MM_PER_UNIT = 25.0, 10.0  # ECG paper: 25 mm/s and 10 mm/mV
 _MAX_SECONDS, _MAX_HEIGHT = 30.0, 2000.0  # s, mm: beyond that it is no page
 _MARGIN = 10.0  # mm, for the pulse
 _CAPTION_WIDTH = 150.0  # mm
-_INKS = (
+
+
+class _Ink(TypedDict, total=False):
+    color: str
+    lw: float
+    ls: tuple[int, tuple[int, int]]
+
+
+_INKS: tuple[_Ink, ...] = (
     {"color": "black", "lw": 0.7},
     {"color": "#0050C8", "lw": 1.3},
     {"color": "#B34700", "lw": 1.3, "ls": (0, (4, 1))},
@@ -214,7 +223,7 @@ def _ecg_paper(width: float, height: float, head: float) -> tuple[Figure, Axes]:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_color("#EFA3AB")
     for every, colour, line in ((1, "#F9D3D6", 0.4), (5, "#EFA3AB", 0.8)):
-        style = {"colors": colour, "lw": line, "zorder": every / 10}
-        ax.vlines(np.arange(0, width + 1, every), 0, height, **style)
-        ax.hlines(np.arange(0, height + 1, every), 0, width, **style)
+        x, y = np.arange(0, width + 1, every), np.arange(0, height + 1, every)
+        ax.vlines(x, 0, height, colors=colour, lw=line, zorder=every / 10)
+        ax.hlines(y, 0, width, colors=colour, lw=line, zorder=every / 10)
     return figure, ax

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -124,49 +125,56 @@ def hypergradient(
         {'phi': tensor([0.1200])}
     """
     _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads)
-    _check_validation(method, val_loss, val_gradient)
-    losses = train_loss if isinstance(train_loss, Sequence) else [train_loss]
-    val_gradient = val_gradient or (lambda at: gradient_of([val_loss], at))
+    gradient_at = _validation(method, val_loss, val_gradient, params)
+    losses = _listed(train_loss)
+    lr = math.nan if lr is None else lr  # not read then
     average = average or (lambda tensors, of: tensors)
     graph = None
-    if _carry_graph(train_grads):
+    if train_grads is not None and _carry_graph(train_grads):
         graph = GradientGraph(train_grads, params, hparams)
         own = {name: value.detach() for name, value in train_grads.items()}
         train_grads = average(own, "train")
     params = {name: value.detach() for name, value in params.items()}
     hparams = {name: value.detach() for name, value in hparams.items()}
 
-    def along(direction: Tensors, of: Literal["params", "hparams"]):
+    def along(
+        direction: Tensors, of: Literal["params", "hparams"]
+    ) -> dict[str, Tensor]:
         if graph is not None:
             return graph.derivative_along(direction, of)
         return derivative_along(losses, params, hparams, direction, of, first_try)
 
     if method == "darts":
-        return gradient_of([lambda h: val_loss(params, h)], hparams)
+        return dict(gradient_at(hparams))
     if method == "neumann":
         vector = _neumann(
             lambda term: average(along(term, "params"), "train"),
-            average(val_gradient(params), "val"),
+            average(gradient_at(params), "val"),
             lr,
             neumann_terms,
         )
     else:
         if train_grads is None:
-            own = gradient_of(
-                [lambda p, loss=loss: loss(p, hparams) for loss in losses], params
-            )
+            own = gradient_of([_at(hparams, loss) for loss in losses], params)
             train_grads = average(own, "train")
         vector = _one_step(
             inner_step or _gradient_descent(lr),
             params,
             train_grads,
-            lambda after: average(val_gradient(after), "val"),
+            lambda after: average(gradient_at(after), "val"),
         )
     mixed = along(vector, "hparams")
     return {name: -value for name, value in mixed.items()}
 
 
-def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_grads):
+def _check_arguments(
+    method: Method,
+    train_loss: TrainLoss | Sequence[TrainLoss] | None,
+    lr: float | None,
+    neumann_terms: int,
+    inner_step: InnerStep | None,
+    train_grads: Tensors | None,
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}.")
     has_graph = _carry_graph(train_grads)
@@ -192,11 +200,33 @@ def _check_arguments(method, train_loss, lr, neumann_terms, inner_step, train_gr
         raise ValueError(f"method {method!r} needs lr, the inner learning rate.")
 
 
-def _check_validation(method, val_loss, val_gradient) -> None:
-    if (val_loss is None) == (val_gradient is None):
+def _validation(
+    method: Method,
+    val_loss: Callable[..., Tensor] | None,
+    val_gradient: Callable[[Tensors], Tensors] | None,
+    params: Tensors,
+) -> Callable[[Tensors], Tensors]:
+    """Return what gives dL_val/dw at given weights, and for "darts" dL_val/dphi."""
+    if val_loss is not None and val_gradient is None:
+        if method == "darts":
+            fixed = {name: value.detach() for name, value in params.items()}
+            return partial(gradient_of, [partial(val_loss, fixed)])
+        return partial(gradient_of, [val_loss])
+    if val_loss is not None or val_gradient is None:
         raise ValueError("Give val_loss or val_gradient, one of the two.")
-    if method == "darts" and val_gradient is not None:
+    if method == "darts":
         raise ValueError("method 'darts' ignores val_gradient; give val_loss.")
+    return val_gradient
+
+
+def _listed(train_loss: TrainLoss | Sequence[TrainLoss] | None) -> Sequence[TrainLoss]:
+    if train_loss is None:
+        return []
+    return train_loss if isinstance(train_loss, Sequence) else [train_loss]
+
+
+def _at(hparams: Tensors, loss: TrainLoss) -> Callable[[Tensors], Tensor]:
+    return lambda params: loss(params, hparams)
 
 
 def _carry_graph(train_grads: Tensors | None) -> bool:
@@ -214,7 +244,12 @@ def _one_step(
     return {name: slope[name] * gradient[name] for name in params}
 
 
-def _neumann(hessian_product, gradient, lr, terms) -> dict[str, Tensor]:
+def _neumann(
+    hessian_product: Callable[[Tensors], Tensors],
+    gradient: Tensors,
+    lr: float,
+    terms: int,
+) -> dict[str, Tensor]:
     # sum_{j<=J} (I - lr H)^j g: term_{j+1} = term_j - lr H term_j.
     term, total, first = gradient, dict(gradient), _norm(gradient)
     for _ in range(terms):
@@ -236,7 +271,9 @@ def _norm(tensors: Tensors) -> float:
 
 
 def _gradient_descent(lr: float) -> InnerStep:
-    def step(params, grads):
+    def step(
+        params: Tensors, grads: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         after = {name: params[name] - lr * grads[name] for name in params}
         slope = {name: torch.full_like(params[name], lr) for name in params}
         return after, slope

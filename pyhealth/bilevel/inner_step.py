@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ __all__ = ["inner_step_of"]
 #: Elements of Adam whose gradient scale is below this share of the network's are taken
 #: as dead: what they carry is rounding noise.
 DEAD_SHARE = 1e-6
+
+
+class _Group(TypedDict, total=False):
+    # The options of SGD, and of Adam and AdamW.
+    lr: float
+    weight_decay: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    betas: tuple[float, float]
+    eps: float
+    decoupled_weight_decay: bool
+
+
+class _State(TypedDict, total=False):
+    momentum_buffer: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: float | Tensor
 
 
 def inner_step_of(optimizer: Optimizer, params: Mapping[str, Tensor]) -> InnerStep:
@@ -53,11 +73,12 @@ def inner_step_of(optimizer: Optimizer, params: Mapping[str, Tensor]) -> InnerSt
             f"inner_step_of reads SGD, Adam and AdamW, got {type(optimizer).__name__}."
         )
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    groups, states = {}, {}
+    groups: dict[str, _Group] = {}
+    states: dict[str, _State] = {}
     for name, parameter in params.items():
         if id(parameter) not in group_of:
             raise ValueError(f"The optimiser does not hold parameter {name!r}.")
-        groups[name] = group_of[id(parameter)]
+        groups[name] = cast(_Group, group_of[id(parameter)])
         states[name] = optimizer.state.get(parameter, {})
         for option in ("amsgrad", "maximize"):
             if groups[name].get(option):
@@ -68,8 +89,10 @@ def inner_step_of(optimizer: Optimizer, params: Mapping[str, Tensor]) -> InnerSt
     return _adam_step(groups, states)
 
 
-def _sgd_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerStep:
-    def step(params: Tensors, grads: Tensors):
+def _sgd_step(groups: Mapping[str, _Group], states: Mapping[str, _State]) -> InnerStep:
+    def step(
+        params: Tensors, grads: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         after, slope = {}, {}
         for name, w in params.items():
             group, buffer = groups[name], states[name].get("momentum_buffer")
@@ -91,8 +114,10 @@ def _sgd_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerSt
     return step
 
 
-def _adam_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerStep:
-    def step(params: Tensors, grads: Tensors):
+def _adam_step(groups: Mapping[str, _Group], states: Mapping[str, _State]) -> InnerStep:
+    def step(
+        params: Tensors, grads: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         after, slope, roots = {}, {}, {}
         for name, w in params.items():
             after[name], slope[name], roots[name] = _adam_element(
@@ -107,7 +132,7 @@ def _adam_step(groups: Mapping[str, dict], states: Mapping[str, dict]) -> InnerS
 
 
 def _adam_element(
-    w: Tensor, gradient: Tensor, group: dict, state: dict
+    w: Tensor, gradient: Tensor, group: _Group, state: _State
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (w after the step, its slope, the root of the second moment).
 
@@ -137,10 +162,12 @@ def _adam_element(
 def _double(step: float | Tensor) -> float | Tensor:
     """Return Adam's count of steps in double precision, for exact powers."""
     # A fused optimiser counts on the device; reading that here would wait for it.
-    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
-    return step.double() if on_device else float(step)
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        return step.double()
+    return float(step)
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor]) -> Tensor:
-    total = sum(value.square().sum() for value in tensors.values())
+    first, *others = (value.square().sum() for value in tensors.values())
+    total = sum(others, start=first)
     return (total / sum(value.numel() for value in tensors.values())).sqrt()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 __all__ = ["StopSignals", "TrainingInterrupted"]
+
+#: What ``signal.signal`` takes and gives back.
+type _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -53,7 +57,7 @@ class StopSignals:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, _Handler] = {}
 
     def __enter__(self) -> Self:
         if self.enabled and threading.current_thread() is threading.main_thread():

@@ -6,17 +6,19 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..datasets import SampleDataset
+from ..datasets.sample_dataset import SampleDataset
+from ..models.base_model import BaseModel
 from ..models.taskaug_policy import TaskAugPolicy
 from .checkpoint import CheckpointFolder
 from .distributed import Processes
 from .interruption import StopSignals, TrainingInterrupted
 from .run_state import RunState, check_compatible
+from .types import Batch, RunSettings, SavedRun
 
 __all__ = ["RunKeeper", "settings_of_run"]
 
@@ -71,15 +73,13 @@ enable_logging=True.
         self.resume = resume
         self.every = every
         self.processes = Processes("cpu") if processes is None else processes
-        self.settings: dict[str, dict] = {}
+        self.settings: RunSettings = {}
         self.folder = None
         if exp_path is not None:
             self.folder = CheckpointFolder(os.path.join(exp_path, "checkpoints"))
         self._signals = StopSignals(enabled=exp_path is not None)
 
-    def begin(
-        self, settings: dict[str, dict], model: nn.Module
-    ) -> dict[str, object] | None:
+    def begin(self, settings: RunSettings, model: nn.Module) -> SavedRun | None:
         """See that checkpoints can be written, and read the one to go on from.
 
         Args:
@@ -97,7 +97,7 @@ enable_logging=True.
         saved = self._read(model) if self.processes.is_main else None
         return self.processes.from_main(saved)
 
-    def _read(self, model: nn.Module) -> dict[str, object] | None:
+    def _read(self, model: nn.Module) -> SavedRun | None:
         if self.folder is None:
             return None
         # Weights, Adam's two moments, the best epoch.
@@ -105,10 +105,12 @@ enable_logging=True.
         if not self.resume:
             return None
         resume = self.resume
-        saved = self.folder.newest() if resume is True else self.folder.read(resume)
-        if saved is not None:
-            check_compatible(saved, self.settings, model)
-            logger.info("Going on from %s", self.folder.last)
+        found = self.folder.newest() if resume is True else self.folder.read(resume)
+        if found is None:
+            return None
+        saved = cast(SavedRun, found)  # as far as its format says, seen to first
+        check_compatible(saved, self.settings, model)
+        logger.info("Going on from %s", self.folder.last)
         return saved
 
     def __enter__(self) -> Self:
@@ -155,9 +157,9 @@ enable_logging=True.
         """Write a checkpoint."""
         if self.folder is None:
             return
-        state = {"settings": self.settings, **run.state_dict()}
+        state = run.state_dict()
         if self.processes.is_main:
-            self.folder.write(state, run.steps)
+            self.folder.write({"settings": self.settings, **state}, run.steps)
 
     def _asks_now(self, run: RunState) -> bool:
         # Processes must leave after the same step, so they ask each other, not always.
@@ -169,7 +171,7 @@ enable_logging=True.
         return self.processes.largest(self._signals.received or 0)
 
     def _leave(self, signal_number: int) -> None:
-        if signal_number:
+        if signal_number and self.folder is not None:  # without it none is noted
             raise TrainingInterrupted(
                 f"Training was stopped by a signal; {self.folder.last} is written. Go "
                 "on with the same command and resume=True.",
@@ -178,12 +180,12 @@ enable_logging=True.
 
 
 def settings_of_run(
-    model: nn.Module,
+    model: BaseModel,
     policy: TaskAugPolicy,
     arguments: Mapping[str, object],
     seed: int | None,
-    loaders: Mapping[str, DataLoader],
-) -> dict[str, dict]:
+    loaders: Mapping[str, DataLoader[Batch]],
+) -> RunSettings:
     """Return all that decides a run, as plain values, in the order to compare.
 
     Args:
@@ -199,8 +201,8 @@ def settings_of_run(
     Examples:
         >>> settings_of_run(model, policy, {"epochs": 3}, 0, {})  # doctest: +SKIP
     """
-    names = ("num_stages", "op_names", "shared_magnitudes", "temperature")
-    names += ("selection", "sampling_rate", "dropout_by")
+    names = ["num_stages", "op_names", "shared_magnitudes", "temperature"]
+    names += ["selection", "sampling_rate", "dropout_by"]
     compared = {
         name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS
     }
@@ -216,7 +218,7 @@ def settings_of_run(
     }
 
 
-def _digest(loader: DataLoader) -> str:
+def _digest(loader: DataLoader[Batch]) -> str:
     """Digest which samples there are, how they are made and in what batches."""
     dataset = loader.dataset
     if isinstance(dataset, SampleDataset):
@@ -228,5 +230,5 @@ def _digest(loader: DataLoader) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _tensors(model: nn.Module) -> list:
+def _tensors(model: nn.Module) -> list[Tensor]:
     return list(model.state_dict().values())

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..datasets import SampleDataset, get_dataloader
-from .types import Batch
+from ..datasets.sample_dataset import SampleDataset
+from ..datasets.utils import get_dataloader
+from .types import Batch, LoaderState, PositionState, RandomState
 
 __all__ = [
     "LoaderPosition",
@@ -47,12 +48,14 @@ class LoaderPosition:
     """
 
     def __init__(
-        self, loader: DataLoader, share: Callable[[Batch], Batch | None] | None = None
+        self,
+        loader: DataLoader[Batch],
+        share: Callable[[Batch], Batch | None] | None = None,
     ) -> None:
         self.loader = loader
         self.share = share
         self.taken = 0
-        self._start: dict[str, object] | None = None
+        self._start: LoaderState | None = None
         self._resumed: Iterator[Batch] | None = None
 
     def batches(self) -> Iterator[Batch]:
@@ -63,9 +66,9 @@ class LoaderPosition:
             iterator = iter(self.loader)
         for batch in iterator:
             self.taken += 1
-            batch = batch if self.share is None else self.share(batch)
-            if batch is not None:
-                yield batch
+            own = batch if self.share is None else self.share(batch)
+            if own is not None:
+                yield own
         self._start, self.taken = None, 0
 
     def endless(self) -> Iterator[Batch]:
@@ -82,11 +85,11 @@ class LoaderPosition:
             if not given:
                 raise ValueError("The policy's validation loader has no batch.")
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> PositionState:
         """Return where the loader stands."""
         return {"start": self._start, "taken": self.taken, "now": self._state()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: PositionState) -> None:
         """Go to where :meth:`state_dict` was called.
 
         It moves the global random states, which the caller puts where they belong.
@@ -121,14 +124,14 @@ class LoaderPosition:
         numbers = {name: getattr(self.loader, name, None) for name in ("epoch", "seed")}
         return {k: number for k, number in numbers.items() if isinstance(number, int)}
 
-    def _state(self) -> dict[str, object]:
+    def _state(self) -> LoaderState:
         return {
             "numbers": self._numbers(),
             "generators": [g.get_state() for g in self._generators()],
             "global": global_random_state(),
         }
 
-    def _set_state(self, state: dict) -> None:
+    def _set_state(self, state: LoaderState) -> None:
         for name, number in state["numbers"].items():
             setattr(self.loader, name, number)
         for generator, saved in zip(
@@ -138,7 +141,7 @@ class LoaderPosition:
         set_global_random_state(state["global"])
 
 
-def global_random_state() -> dict[str, object]:
+def global_random_state() -> RandomState:
     """Return the states of torch's, NumPy's and Python's global generators.
 
     Examples:
@@ -148,16 +151,16 @@ def global_random_state() -> dict[str, object]:
         >>> torch.rand(1).equal(before)
         True
     """
-    name, keys, *rest = np.random.get_state()
+    name, keys, place, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, keys.tolist(), place, has_gauss, gauss),
         "python": random.getstate(),
     }
 
 
-def set_global_random_state(state: dict) -> None:
+def set_global_random_state(state: RandomState) -> None:
     """Put the global generators into a state.
 
     A state of other CUDA devices than there are now leaves CUDA's as they are.
@@ -171,14 +174,15 @@ def set_global_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    name, keys, place, has_gauss, gauss = state["numpy"]
+    words = np.array(keys, dtype=np.uint32)
+    np.random.set_state((name, words, place, has_gauss, gauss))
     random.setstate(state["python"])
 
 
 def view_of(
-    loader: DataLoader, *, shuffle: bool, seed: int | None = None
-) -> DataLoader:
+    loader: DataLoader[Batch], *, shuffle: bool, seed: int | None = None
+) -> DataLoader[Batch]:
     """Return a loader of the same data that does not upset the first one.
 
     A streaming dataset is its own iterator and counts its epochs.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .types import Batch
 
 __all__ = ["Piece", "pieces_of", "records_are_independent"]
 
@@ -26,14 +28,12 @@ class Piece:
         slice(0, 2, None)
     """
 
-    batch: Mapping[str, object]
+    batch: Batch
     rows: slice
     share: float
 
 
-def pieces_of(
-    batch: Mapping[str, object], records: int, size: int | None
-) -> list[Piece]:
+def pieces_of(batch: Batch, records: int, size: int | None) -> list[Piece]:
     """Cut a batch into pieces.
 
     A mean over the batch's records is the sum of the pieces' means times their shares.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.taskaug_policy import TaskAugPolicy
+from .types import PolicyOptimizerState
 
 __all__ = ["PolicyOptimizer", "signal_to_noise", "tell_policy"]
 
@@ -71,7 +72,7 @@ class PolicyOptimizer:
         self.waiting.append((gradient, finite))
         if len(self.waiting) < self.accumulate:
             return
-        count = sum(finite for _, finite in self.waiting)
+        count = torch.stack([finite for _, finite in self.waiting]).sum()
         for name, parameter in self.params.items():
             total = sum(gradient[name] for gradient, _ in self.waiting)
             parameter.grad = total / count.clamp_min(1)
@@ -88,8 +89,8 @@ class PolicyOptimizer:
         self.earlier += seen
         if not seen:
             return math.nan, math.nan
-        seen = torch.stack(seen)
-        return seen.norm(dim=1).mean().item(), signal_to_noise(seen)
+        rows = torch.stack(seen)
+        return rows.norm(dim=1).mean().item(), signal_to_noise(rows)
 
     def p_value(self) -> float:
         """Return how often chance alone would point as far as this run's mean did.
@@ -110,7 +111,7 @@ class PolicyOptimizer:
         reached = by_chance >= seen.sum(dim=0).norm() * (1 - 1e-9)
         return (1 + reached.sum().item()) / (1 + SIGN_FLIPS)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> PolicyOptimizerState:
         """Return everything that later steps depend on."""
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -119,7 +120,7 @@ class PolicyOptimizer:
             "earlier": self.earlier,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: PolicyOptimizerState) -> None:
         """Take over what :meth:`state_dict` returned."""
         device = self.params["logits"].device
         self.optimizer.load_state_dict(state["optimizer"])

@@ -87,14 +87,13 @@ def plot_learning_curves(history: History, path: PathLike) -> Path:
             if key not in drawn:
                 continue
             x, y = (v[np.isfinite(drawn[key])] for v in (epochs, drawn[key]))
-            look = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": "os"[i]}
-            ax.plot(x, y, label=label, markersize=4, **look)
+            ax.plot(x, y, c=COLOURS[i], ls=DASHES[i], marker="os"[i], ms=4, label=label)
             if key == "roc_auc":
                 best = int(y.argmax())  # the first of equals, as a trainer keeps it
                 text = f"best AUROC: {y[best]:.3f} in epoch {x[best]:g}"
                 ax.axvline(x[best], color=GREY, linestyle=":", zorder=1)
-                star = {"markersize": 15, "color": "gold", "markeredgecolor": "black"}
-                ax.plot(x[best], y[best], marker="*", ls="none", label=text, **star)
+                star = x[best], y[best]
+                ax.plot(*star, "*", ms=15, c="gold", mec="black", label=text)
             if key.startswith("hyper") and x[0] > epochs[0]:
                 text = "warm-up: no outer step"
                 ax.axvspan(epochs[0] - 0.5, x[0] - 0.5, color="#EAEAEA", label=text)
@@ -249,15 +248,25 @@ def plot_roc_pr(
 
 def _beside(ax: Axes, y: float, text: str) -> None:
     """Print a text to the right of a panel, at height y of its data."""
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    ax.annotate(text, (1, y), (6, 0), va="center", fontsize=9, **place)
+    ax.annotate(
+        text,
+        (1, y),
+        (6, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+    )
 
 
 def _rows(history: History) -> tuple[list[Row], NDArray[np.float64]]:
     """The history as a list of dicts, and its epochs, which must increase."""
+    rows: list[Row]
     if isinstance(history, pd.DataFrame):
-        history = history.to_dict("records")
-    rows = list(history)
+        records = history.to_dict("records")
+        rows = [{str(key): v for key, v in row.items()} for row in records]
+    else:
+        rows = list(history)
     if not rows:
         raise ValueError("The history is empty: there is no epoch to plot.")
     epochs = _column(rows, "epoch")
@@ -295,10 +304,16 @@ def _magnitude_panel(
             for kind, marker, colour, shift in _CLASSES:
                 value = _column([last], f"magnitude_{kind}/{stage}/{op}")[0]
                 x = (value - low) / (high - low)
-                look = {"color": colour, "markeredgecolor": "white", "markersize": 8}
-                markers[kind] = ax.plot(x, y + shift, marker, **look)[0]
+                drawn = ax.plot(x, y + shift, marker, c=colour, mec="white", ms=8)
+                markers[kind] = drawn[0]
                 texts.append(f"{value:.3g}")
         _beside(ax, y, " / ".join(texts) + f" {unit}" if texts else "\N{EN DASH}")
     _beside(ax, -0.75, "class 0 / class 1")
-    place = {"loc": "upper right", "bbox_to_anchor": (1, 0), "ncols": 2}
-    ax.legend([*markers.values()], ["class 0", "class 1"], fontsize=10, **place)
+    ax.legend(
+        [*markers.values()],
+        ["class 0", "class 1"],
+        loc="upper right",
+        bbox_to_anchor=(1, 0),
+        ncols=2,
+        fontsize=10,
+    )

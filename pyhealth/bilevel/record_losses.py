@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..models.base_model import BaseModel
 from .classifier import Classifier
 from .types import Batch, Tensors
 
@@ -66,7 +67,7 @@ class RecordLossesOfModel:
         return losses
 
     def _of(self, output: Mapping[str, Tensor]) -> Tensor:
-        model = self.classifier.model
+        model: BaseModel = self.classifier.model
         missing = {"logit", "y_true"} - output.keys()
         if missing:
             raise ValueError(

@@ -19,13 +19,12 @@ from .loader_position import (
     set_global_random_state,
 )
 from .outer import PolicyOptimizer
+from .types import BestEpochState, RunSettings, SavedRun, StateDict, StepLogState
 
 __all__ = ["BestEpoch", "RunState", "StepLog", "check_compatible"]
 
 #: Of the checkpoints' layout; a change of it must not be read as the old one.
 FORMAT = 1
-
-type StateDict = dict[str, Tensor]
 
 
 class RunState:
@@ -69,11 +68,9 @@ class RunState:
         best: BestEpoch,
         history: list[dict[str, float]],
     ) -> None:
-        self.parts = {"model": model, "policy": policy, "optimizer": optimizer}
-        if outer is not None:
-            self.parts["outer"] = outer
         self.model = model
         self.policy = policy
+        self.optimizer = optimizer
         self.outer = outer
         self.generator = generator
         self.processes = processes
@@ -85,16 +82,19 @@ class RunState:
         self.steps = 0
         self.seconds = 0.0
         self.log = StepLog()
-        self.parts |= {"best": best, "log": self.log}
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> SavedRun:
         """Return everything that the rest of the run depends on.
 
         To be called by all processes at once; that of the main one counts.
         """
-        return {
+        state: SavedRun = {
             "format": FORMAT,
-            **{name: part.state_dict() for name, part in self.parts.items()},
+            "model": self.model.state_dict(),
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best.state_dict(),
+            "log": self.log.state_dict(),
             "positions": {n: p.state_dict() for n, p in self.positions.items()},
             "generators": self.processes.all(self.generator.get_state()),
             "global": global_random_state(),
@@ -104,15 +104,23 @@ class RunState:
             "steps": self.steps,
             "seconds": self.seconds,
         }
+        if self.outer is not None:
+            state["outer"] = self.outer.state_dict()
+        return state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: SavedRun) -> None:
         """Go to where :meth:`state_dict` was called.
 
         Args:
             state: from :meth:`state_dict`, found fit by :func:`check_compatible`.
         """
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
+        self.best.load_state_dict(state["best"])
+        self.log.load_state_dict(state["log"])
         for name, position in self.positions.items():
             position.load_state_dict(state["positions"][name])
         self.generator.set_state(state["generators"][self.processes.index])
@@ -196,11 +204,11 @@ class BestEpoch:
         """Whether the patience has run out."""
         return self.patience is not None and self.waited >= self.patience
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> BestEpochState:
         """Return score, waiting time and the epoch's state."""
         return {"score": self.score, "waited": self.waited, "state": self.state}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: BestEpochState) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.score, self.waited = state["score"], state["waited"]
         self.state = state["state"]
@@ -262,7 +270,7 @@ class StepLog:
         self.losses, self.taken, self._looked_at = [], [], 0
         return losses.mean().item(), bad
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> StepLogState:
         """Return the epoch's steps so far."""
         return {
             "losses": self.losses,
@@ -271,15 +279,13 @@ class StepLog:
             "looked_at": self._looked_at,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: StepLogState) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.losses, self.taken = state["losses"], state["taken"]
         self.in_a_row, self._looked_at = state["in_a_row"], state["looked_at"]
 
 
-def check_compatible(
-    state: Mapping[str, object], settings: Mapping[str, dict], model: nn.Module
-) -> None:
+def check_compatible(state: SavedRun, settings: RunSettings, model: nn.Module) -> None:
     """See that a run can go on from a checkpoint, before anything is changed.
 
     Args:
@@ -315,9 +321,9 @@ num_stages 2, this one has 1.
                     f"The checkpoint's run has {group} {name} {saved.get(name)!r}, "
                     f"this one has {value!r}."
                 )
-    saved, own = state["model"], model.state_dict()
-    for name in [*own, *saved]:
-        shapes = [tuple(s[name].shape) if name in s else None for s in (saved, own)]
+    theirs, own = state["model"], model.state_dict()
+    for name in [*own, *theirs]:
+        shapes = [tuple(s[name].shape) if name in s else None for s in (theirs, own)]
         if shapes[0] != shapes[1]:
             raise CheckpointError(
                 f"The checkpoint's model has {name} of shape {shapes[0]}, this one has "

@@ -190,7 +190,13 @@ def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
         waiting += [following for following, _ in node.next_functions]
 
 
-def _forward_over_reverse(loss, params, hparams, direction, of) -> dict[str, Tensor]:
+def _forward_over_reverse(
+    loss: TrainLoss,
+    params: Tensors,
+    hparams: Tensors,
+    direction: Tensors,
+    of: Literal["params", "hparams"],
+) -> dict[str, Tensor]:
     leaves = _leaves(params if of == "params" else hparams)
     start = leaves if of == "params" else params
     with forward_ad.dual_level(), torch.enable_grad():
@@ -215,7 +221,13 @@ def _forward_over_reverse(loss, params, hparams, direction, of) -> dict[str, Ten
     }
 
 
-def _reverse_over_reverse(loss, params, hparams, direction, of) -> dict[str, Tensor]:
+def _reverse_over_reverse(
+    loss: TrainLoss,
+    params: Tensors,
+    hparams: Tensors,
+    direction: Tensors,
+    of: Literal["params", "hparams"],
+) -> dict[str, Tensor]:
     weights, others = _leaves(params), _leaves(hparams)
     with torch.enable_grad():
         value = loss(weights, others)

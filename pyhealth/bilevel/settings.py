@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -96,7 +96,8 @@ class TrainingSettings:
     def among(cls, arguments: Mapping[str, object]) -> TrainingSettings:
         """Return the settings among the arguments of a call, by name."""
         own = {field.name: arguments[field.name] for field in fields(cls)}
-        return cls(**own)
+        made: Callable[..., TrainingSettings] = cls  # train's signature types them
+        return made(**own)
 
     def learns(self, policy: TaskAugPolicy) -> bool:
         """Return whether the policy is learned by hypergradients."""
@@ -151,7 +152,7 @@ class TrainingSettings:
             )
 
 
-def usual_outer_loss(model: nn.Module) -> str:
+def usual_outer_loss(model: nn.Module) -> Literal["model", "ranking"]:
     """Return the outer loss for a model's label where none is asked for.
 
     Args:

@@ -215,8 +215,8 @@ class BiLevelStep:
             cotangent = self._through_weights(pieces, leaf, grads, val_batch, seed)
             gradient = self._to_policy(self.policy.apply(x, labels, draw), cotangent)
         of = val_batch if self.method == "darts" else batch
-        gradient = self._weights.mean(gradient, self.classifier.records(of))
-        return loss, self._taken(gradient, buffers)
+        mean = self._weights.mean(gradient, self.classifier.records(of))
+        return loss, self._taken(mean, buffers)
 
     def _taken(self, gradient: Tensors, buffers: Tensors) -> dict[str, Tensor]:
         """Step the weights, and return the hypergradient, zero where it is not."""
@@ -225,6 +225,10 @@ class BiLevelStep:
         self._weights.take_if(self.finite, buffers)
         zeros = self._zeros()
         return {n: torch.where(self.finite, g, zeros[n]) for n, g in gradient.items()}
+
+    def _written(self) -> dict[str, Tensor]:
+        """Return ``.grad``, which every weight has after the inner step."""
+        return {n: p.grad for n, p in self.params.items() if p.grad is not None}
 
     def _zeros(self) -> dict[str, Tensor]:
         return {n: torch.zeros_like(p) for n, p in self.policy.named_parameters()}
@@ -251,7 +255,7 @@ class BiLevelStep:
                 raise
             self.keep_graph, self._first_try = False, "forward"
             logger.warning("No second backward pass through this model: %s", error)
-        grads = {name: weight.grad for name, weight in self.params.items()}
+        grads = self._written()
         return self._of_augmented(pieces, augmented.detach(), grads, val_batch, seed)
 
     def _of_augmented(
@@ -270,28 +274,29 @@ class BiLevelStep:
             return piece.share * output["loss"]
 
         records = {"train": len(augmented), "val": self.classifier.records(val_batch)}
-        settings: dict[str, object]
         if self.method == "one_step":
-            settings = {
-                "inner_step": inner_step_of(self.optimizer, self.params),
-                "train_grads": grads,
-            }
+            derivative = partial(
+                hypergradient,
+                method="one_step",
+                inner_step=inner_step_of(self.optimizer, self.params),
+                train_grads=grads,
+            )
         else:
-            settings = {
-                "lr": self.neumann_lr,
-                "neumann_terms": self.neumann_terms,
-                "train_grads": grads if augmented.requires_grad else None,
-            }
-        return hypergradient(
+            derivative = partial(
+                hypergradient,
+                method="neumann",
+                lr=self.neumann_lr,
+                neumann_terms=self.neumann_terms,
+                train_grads=grads if augmented.requires_grad else None,
+            )
+        return derivative(
             [partial(train_loss, piece=piece) for piece in pieces],
             None,
             self.params,
             {"x": augmented},
-            method=self.method,
             average=lambda tensors, of: self._weights.mean(tensors, records[of]),
             val_gradient=lambda at: self._validation(at, val_batch, seed),
             first_try=self._first_try,
-            **settings,
         )["x"]
 
     def _alignment(
@@ -300,7 +305,7 @@ class BiLevelStep:
         """Return the policy's derivative by comparing all operations."""
         inner_step = inner_step_of(self.optimizer, self.params)
         weights = {name: p.detach() for name, p in self.params.items()}
-        after, slope = inner_step(weights, {n: p.grad for n, p in self.params.items()})
+        after, slope = inner_step(weights, self._written())
         gradients = self._weights.mean(
             self._validation(after, val_batch, seed), self.classifier.records(val_batch)
         )

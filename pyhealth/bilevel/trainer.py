@@ -103,13 +103,14 @@ class BiLevelTrainer(Trainer):
         seed: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        own = getattr(model, "policy", None)
-        if policy is None and not isinstance(own, TaskAugPolicy):
-            raise ValueError(
-                f"{type(model).__name__} has no policy of its own; pass policy=..."
-            )
-        self.policy = own if policy is None else policy
-        check_label(model, self.policy)
+        if policy is None:
+            policy = getattr(model, "policy", None)
+            if not isinstance(policy, TaskAugPolicy):
+                raise ValueError(
+                    f"{type(model).__name__} has no policy of its own; pass policy=..."
+                )
+        self.policy = policy
+        check_label(model, policy)
         self.input_key = input_key
         self.precision = precision
         self.history: list[dict[str, float]] = []
@@ -117,11 +118,9 @@ class BiLevelTrainer(Trainer):
         self._seed_is_given = seed is not None
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()).item())
-        self.processes = Processes(device)
-        self.seed = self.processes.from_main(seed)
-        self._generator = torch.Generator().manual_seed(
-            self.seed + self.processes.index
-        )
+        self.processes = processes = Processes(device)
+        self.seed = processes.from_main(seed)
+        self._generator = torch.Generator().manual_seed(self.seed + processes.index)
         super().__init__(
             model,
             checkpoint_path,
@@ -131,14 +130,14 @@ class BiLevelTrainer(Trainer):
             output_path,
             exp_name,
         )
-        self.exp_path = self.processes.from_main(self.exp_path)
+        self.exp_path: str | None = self.processes.from_main(self.exp_path)
         self.policy.to(self.device)
 
     def train(
         self,
-        train_dataloader: DataLoader,
-        val_dataloader: DataLoader,
-        test_dataloader: DataLoader | None = None,
+        train_dataloader: DataLoader[Batch],
+        val_dataloader: DataLoader[Batch],
+        test_dataloader: DataLoader[Batch] | None = None,
         epochs: int = 5,
         inner_lr: float = 1e-3,
         outer_lr: float = 3e-2,
@@ -148,7 +147,7 @@ class BiLevelTrainer(Trainer):
         neumann_lr: float | None = None,
         outer_every: int = 1,
         accumulate: int = 1,
-        policy_dataloader: DataLoader | None = None,
+        policy_dataloader: DataLoader[Batch] | None = None,
         val_statistics: Literal["running", "batch"] = "running",
         outer_loss: Literal["model", "ranking", "calibrated"] | None = None,
         alignment_records: int = 64,
@@ -320,7 +319,7 @@ class BiLevelTrainer(Trainer):
         super().load_ckpt(ckpt_path)
         self.policy.load_state_dict(saved.state_dict())
 
-    def _evaluate_epoch(self, loader: DataLoader, best: BestEpoch) -> None:
+    def _evaluate_epoch(self, loader: DataLoader[Batch], best: BestEpoch) -> None:
         row = self.history[-1]
         scores = {name: float(v) for name, v in self.evaluate(loader).items()}
         scores = self.processes.from_main(scores)  # all decide alike
@@ -370,7 +369,7 @@ class BiLevelTrainer(Trainer):
         self,
         settings: TrainingSettings,
         step: BiLevelStep,
-        loaders: Mapping[str, DataLoader],
+        loaders: Mapping[str, DataLoader[Batch]],
     ) -> RunState:
         # The policy's validation data come in an order of their own.
         policy_loader = view_of(loaders["policy"], shuffle=True, seed=self.seed)

@@ -97,10 +97,7 @@ class ValidationGradient:
         """
         pieces = self._pieces(batch)
         if self.outer_loss == "model":
-            return [
-                (piece, lambda output, share=piece.share: share * output["loss"])
-                for piece in pieces
-            ]
+            return [(piece, partial(_loss, share=piece.share)) for piece in pieces]
         outer_loss = OUTER_LOSSES[self.outer_loss]
         if len(pieces) == 1 and self.gather is None:
             return [(pieces[0], lambda out: outer_loss(out["logit"], out["y_true"]))]
@@ -111,13 +108,7 @@ class ValidationGradient:
             logits.append(output["logit"])
             labels.append(output["y_true"])
         slope = self._slope_in_logits(outer_loss, torch.cat(logits), torch.cat(labels))
-        return [
-            (
-                piece,
-                lambda output, slope=slope[piece.rows]: (slope * output["logit"]).sum(),
-            )
-            for piece in pieces
-        ]
+        return [(piece, partial(_along, slope=slope[piece.rows])) for piece in pieces]
 
     def _pieces(self, batch: Batch) -> list[Piece]:
         shares = self.classifier.val_statistics == "batch" and any(
@@ -140,3 +131,11 @@ class ValidationGradient:
         logit.requires_grad_()
         slope = torch.autograd.grad(outer_loss(logit, label), logit)[0]
         return slope[own] * (len(logit) / len(slope[own]))
+
+
+def _loss(output: Mapping[str, Tensor], share: float) -> Tensor:
+    return share * output["loss"]
+
+
+def _along(output: Mapping[str, Tensor], slope: Tensor) -> Tensor:
+    return (slope * output["logit"]).sum()

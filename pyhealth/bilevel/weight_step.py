@@ -142,8 +142,12 @@ class WeightStep:
         tensors = {f"grad {i}": g for i, g in enumerate(self._gradients())}
         for name, module in self.classifier.model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
-                tensors[f"mean {name}"] = module.running_mean
-                tensors[f"var {name}"] = module.running_var
+                running = {"mean": module.running_mean, "var": module.running_var}
+                tensors |= {
+                    f"{kind} {name}": value
+                    for kind, value in running.items()
+                    if value is not None
+                }
         means = self.mean({"loss": loss, **tensors}, records)
         for name, tensor in tensors.items():
             # .data: a kept graph holds the running statistics, though it reads none of
@@ -174,7 +178,8 @@ class WeightStep:
             buffers: from :meth:`buffers`, before the forward pass.
         """
         if self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = (~finite).float()
+            # Fused ones read it, as a GradScaler sets it; torch does not declare it.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif finite:
             self.optimizer.step()

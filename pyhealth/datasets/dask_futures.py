@@ -12,9 +12,9 @@ __all__ = ["as_completed"]
 CHECK_EVERY = 60
 
 
-def as_completed(
-    client: Client, futures: Sequence[Future], what: str
-) -> Iterator[Future]:
+def as_completed[T](
+    client: Client, futures: Sequence[Future[T]], what: str
+) -> Iterator[Future[T]]:
     """Yield futures as they end.
 
     Args:

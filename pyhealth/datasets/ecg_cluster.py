@@ -18,7 +18,7 @@ from dask.distributed import Client
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
-from ..tasks import BaseTask
+from ..tasks.base_task import BaseTask
 from ..utils import set_env
 from .base_dataset import _litdata_merge, _proc_transform_fn, _task_transform_fn
 from .dask_futures import as_completed
@@ -78,7 +78,10 @@ def process_on_cluster(client: Client, task_df: Path, output_dir: Path) -> None:
 
 
 def _run(
-    client: Client, function: Callable, arguments: Sequence[tuple], output_dir: Path
+    client: Client,
+    function: Callable[..., None],
+    arguments: Sequence[tuple[object, ...]],
+    output_dir: Path,
 ) -> None:
     # What goes on in a worker after a failure writes here, and nowhere else.
     attempt = output_dir / f"attempt-{uuid.uuid4()}"

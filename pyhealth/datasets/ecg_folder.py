@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -96,7 +97,9 @@ class ECGFolderDataset(ECGDataset):
         *train, val, test = sorted(set(self._table["strat_fold"]))
         return StratFoldSplit(train, (val,), (test,))
 
-    def preprocess_ecg(self, table: nw.LazyFrame) -> nw.LazyFrame:
+    def preprocess_ecg(
+        self, table: nw.LazyFrame[dd.DataFrame]
+    ) -> nw.LazyFrame[dd.DataFrame]:
         """Return the checked table, whose folds depend on all of its rows."""
         return nw.from_native(dd.from_pandas(self._table, npartitions=1))
 
@@ -154,7 +157,7 @@ def _check_rows(
     refuse_rows(path, problems, len(table))
 
 
-def _problem_of(row: dict, has_fold: bool) -> str:
+def _problem_of(row: Mapping[Hashable, str], has_fold: bool) -> str:
     wanted = ("record", "patient", "label", *(["fold"] if has_fold else []))
     empty = [name for name in wanted if pd.isna(row[name])]
     if empty:
@@ -170,7 +173,7 @@ def _dealt_folds(path: Path, table: pd.DataFrame) -> pd.Series:
     folds = len(FOLDS)
     by_class = table.groupby("given_label")["patient_id"].nunique()
     if len(by_class) < 2 or by_class.min() < folds:
-        counts = {int(label): int(count) for label, count in by_class.items()}
+        counts = dict(zip(by_class.index.tolist(), by_class.tolist(), strict=True))
         raise ValueError(
             f"{path}: ten folds need ten patients of each label, found {counts}. Add a "
             "column fold with three folds or more."

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -22,9 +23,35 @@ __all__ = ["CacheError", "ECGSamples"]
 
 logger = logging.getLogger(__name__)
 
-type Sample = dict[str, str | int | torch.Tensor]
 #: 0 or 1, or the names of several labels.
 type Label = int | list[str]
+
+
+class Sample(TypedDict):
+    """One sample of an ECG task."""
+
+    patient_id: str
+    ecg_id: int
+    ecg: torch.Tensor
+    label: torch.Tensor
+
+
+class _Record(TypedDict):
+    """A prepared record, as it lies on disk."""
+
+    patient_id: str
+    record_id: str
+    ecg_id: int
+    ecg: torch.Tensor
+
+
+class _Fact(TypedDict):
+    """What fitting needs to know of a record."""
+
+    patient_id: str
+    record_id: str
+    ecg: Moments | None
+    label: Label
 
 
 class CacheError(OSError):
@@ -121,7 +148,7 @@ class ECGSamples(SampleDataset):
                 does not fit the records.
         """
         ids = _in_order(records.record_to_index)
-        used = np.array([k for k, ecg_id in enumerate(ids) if int(ecg_id) in label_of])
+        used = [k for k, ecg_id in enumerate(ids) if int(ecg_id) in label_of]
         builder = SampleBuilder(
             task.input_schema, task.output_schema, input_processors, output_processors
         )
@@ -141,7 +168,10 @@ class ECGSamples(SampleDataset):
         if split is None:
             return (whole if len(used) == len(whole) else whole.subset(used),)
         whole.fit_split = split.to_dict()
-        return tuple(whole.subset(used[indices]) for indices in builder.split_indices)
+        return tuple(
+            whole.subset([used[index] for index in indices])
+            for indices in builder.split_indices
+        )
 
     @property
     def processor(self) -> ECGProcessor:
@@ -215,7 +245,7 @@ class ECGSamples(SampleDataset):
         """Return a whole record (leads, samples) in millivolt."""
         return self._record(index)["ecg"]
 
-    def _record(self, index: int) -> Sample:
+    def _record(self, index: int) -> _Record:
         with _cache_errors(self.path):
             return super().__getitem__(index)
 
@@ -223,9 +253,7 @@ class ECGSamples(SampleDataset):
         """Do nothing: the records on disk are not this dataset's alone."""
 
 
-def _check_classes(
-    facts: Sequence[Mapping], split: Split | None, task: ECGTask
-) -> None:
+def _check_classes(facts: Sequence[_Fact], split: Split | None, task: ECGTask) -> None:
     """Raise if there is nothing to tell apart."""
     if task.output_schema["label"] != "binary":
         return
@@ -265,14 +293,16 @@ def _known(
     known = processor.label_vocab
     if not known:
         raise ValueError("No record of the training part has a label.")
-    unknown = sorted({name for names in label_of.values() for name in names} - {*known})
+    # Such a processor's labels are lists, every one.
+    names_of = cast("Mapping[int, list[str]]", label_of)
+    unknown = sorted({name for names in names_of.values() for name in names} - {*known})
     if unknown:
         logger.warning(
             "No training record has the label %s; left out.", ", ".join(unknown)
         )
     return {
         ecg_id: [name for name in names if name in known]
-        for ecg_id, names in label_of.items()
+        for ecg_id, names in names_of.items()
     }
 
 
@@ -281,8 +311,8 @@ def _facts(
     used: Sequence[int],
     task: ECGTask,
     label_of: Mapping[int, Label],
-) -> Sequence[dict[str, str | Label | Moments | None]]:
-    """Return what fitting needs to know of each record; no waveform, if it can be."""
+) -> list[_Fact]:
+    """Return the facts of some records; no waveform is read, if it can be."""
     ids, patients = (
         _in_order(index)
         for index in (records.record_to_index, records.patient_to_index)

@@ -7,10 +7,11 @@ import logging
 from functools import partial
 from pathlib import Path
 
+import dask.dataframe as dd
 import narwhals as nw
 import polars as pl
 
-from ..tasks import BaseTask
+from ..tasks.base_task import BaseTask
 from ..tasks.ecg_classification import ECGBinaryClassification
 from ..tasks.ptbxl_task import check_likelihood
 from .corpus_root import CorpusRoot
@@ -178,7 +179,9 @@ class PTBXLDataset(ECGDataset):
             )
         return table
 
-    def preprocess_ptbxl(self, table: nw.LazyFrame) -> nw.LazyFrame:
+    def preprocess_ptbxl(
+        self, table: nw.LazyFrame[dd.DataFrame]
+    ) -> nw.LazyFrame[dd.DataFrame]:
         """Add the columns that the published table does not have.
 
         Args:

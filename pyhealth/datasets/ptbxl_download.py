@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 
@@ -160,8 +160,7 @@ def read_sums(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         match = re.fullmatch(r"([0-9a-f]{64}) [ *]?(\S.*)", line)
-        inside = match and _is_inside(match[2])
-        if not inside:
+        if match is None or not _is_inside(match[2]):
             raise ValueError(
                 f"{path}, line {number}: expected a SHA-256 and a path inside the "
                 f"corpus, got {line[:80]!r}. Fetch it again, from PTB-XL's address."
@@ -211,7 +210,7 @@ class _Fetcher:
         self.workers = workers
         pooch.get_logger().setLevel(logging.WARNING)  # it tells every file
 
-    def fetch(self, names: Sequence[str], sums: dict[str, str | None]) -> None:
+    def fetch(self, names: Sequence[str], sums: Mapping[str, str | None]) -> None:
         """Fetch what is missing or damaged of some files.
 
         Args:
@@ -230,7 +229,7 @@ class _Fetcher:
         self._check_space(names)
         for folder in {(self.root / name).parent for name in names}:
             folder.mkdir(parents=True, exist_ok=True)
-        failed: dict[str, Exception] = {}
+        failed: dict[str, BaseException] = {}
         in_a_row = 0
         with (
             ThreadPoolExecutor(self.workers) as pool,
@@ -261,7 +260,7 @@ class _Fetcher:
                 "call goes on with what is missing."
             ) from error
 
-    def _told(self, jobs: Iterator, count: int) -> Iterator:
+    def _told[T](self, jobs: Iterator[T], count: int) -> Iterator[T]:
         """Show a bar with rate and time left, where there is much to fetch."""
         return tqdm(
             jobs,

@@ -192,7 +192,7 @@ class StratFoldSplit(RecordSplit):
             if fold in part_of_fold
         }
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, object]:
         """Describe the split for PyHealth's cache key."""
         return {
             "kind": "strat_fold",
@@ -263,8 +263,8 @@ class CohortSplit(RecordSplit):
                 "A cohort keeps the prevalence of the task's label, and this task has "
                 "no label_expression(); use StratFoldSplit."
             )
-        pool = records.filter(~pl.col("strat_fold").is_in(self.test))
-        held_out = records.filter(pl.col("strat_fold").is_in(self.test))
+        tests = pl.col("strat_fold").is_in(list(self.test))
+        pool, held_out = records.filter(~tests), records.filter(tests)
         if len(pool) < self.n_records:
             raise ValueError(
                 f"A cohort of {self.n_records} records was asked for, but the folds "
@@ -282,7 +282,7 @@ class CohortSplit(RecordSplit):
                 f"A cohort of {self.n_records} records leaves nobody to train or to "
                 "validate on. Take a larger n_records or another val_fraction."
             )
-        return drawn | dict.fromkeys(held_out["patient_id"], 2)
+        return {**drawn, **dict.fromkeys(held_out["patient_id"], 2)}
 
     def _patients(self, pool: pl.DataFrame) -> dict[str, tuple[int, ...]]:
         drawn, left = {}, self.n_records
@@ -330,7 +330,7 @@ class CohortSplit(RecordSplit):
                 )
         return [row[1:] for row in sorted(ranked)]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, object]:
         """Describe the split for PyHealth's cache key."""
         return {
             "kind": "cohort",
@@ -343,9 +343,11 @@ class CohortSplit(RecordSplit):
         }
 
 
-def _by_patient(records: pl.DataFrame, values: Iterable) -> dict[str, tuple]:
+def _by_patient[T](
+    records: pl.DataFrame, values: Iterable[T]
+) -> dict[str, tuple[T, ...]]:
     """Return each patient's values of one for each record, in the table's order."""
-    found: dict[str, list] = {}
+    found: dict[str, list[T]] = {}
     for patient, value in zip(records["patient_id"], values, strict=True):
         found.setdefault(patient, []).append(value)
     return {patient: tuple(of_patient) for patient, of_patient in found.items()}

@@ -341,7 +341,7 @@ def _codes(record: _Record, rng: np.random.Generator) -> dict[str, float]:
     return codes | {session.rhythm: 0.0}
 
 
-def _report(codes: Mapping[str, float], rng: np.random.Generator) -> str:
+def _report(codes: dict[str, float], rng: np.random.Generator) -> str:
     words = [tables.PHRASES[code] for code in reversed(codes) if code in tables.PHRASES]
     if rng.random() < 0.15:
         words.append(str(rng.choice(tables.REMARKS)))

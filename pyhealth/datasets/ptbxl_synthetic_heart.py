@@ -300,9 +300,10 @@ def _dipole(
     peaks = _r_peaks(session, breath, rng)
     extra = np.zeros((3, len(_TIME)))
     if session.ectopic:
-        k = len(peaks) // 2
-        extra = _ectopic_beat(0.6 * peaks[k] + 0.4 * peaks[k - 1])
-        peaks = np.delete(peaks, k)  # its own impulse finds the ventricles refractory
+        early = len(peaks) // 2
+        extra = _ectopic_beat(0.6 * peaks[early] + 0.4 * peaks[early - 1])
+        # Its own impulse finds the ventricles refractory.
+        peaks = np.delete(peaks, early)
     k = np.searchsorted(peaks, _TIME, side="right") - 1
     since, until = _TIME - peaks[k], _TIME - peaks[k + 1]
     nearest = np.where(since < -until, since, until)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -43,8 +44,8 @@ def check_table(path: Path, path_column: str) -> None:
     refuse_rows(path, problems, len(table))
 
 
-def _problem(row: dict[str, str], path_column: str) -> str:
-    empty = [name for name, value in row.items() if pd.isna(value)]
+def _problem(row: Mapping[Hashable, str], path_column: str) -> str:
+    empty = [str(name) for name, value in row.items() if pd.isna(value)]
     of_record = f"ecg_id {row['ecg_id']}: " if "ecg_id" not in empty else ""
     if empty:
         return f"{of_record}{', '.join(empty)} is empty"

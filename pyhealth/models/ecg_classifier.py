@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 __all__ = ["ECGClassifier"]
 
 #: What makes probabilities of logits, by the kind of the label.
-_OUTPUTS = {
+_OUTPUTS: dict[str, Callable[[], nn.Module]] = {
     "binary": nn.Sigmoid,
     "multilabel": nn.Sigmoid,
     "multiclass": lambda: nn.Softmax(dim=-1),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, overload
 
 import pandas as pd
 import torch
@@ -153,12 +154,18 @@ class LearnedAugmentation(nn.Module):
         shape = torch.Size((1, *shape) if len(shape) == 2 else shape)
         return self._policy.sample(shape, generator=generator, complete=False)
 
+    @overload
+    def apply(self, x: Callable[[nn.Module], None]) -> Self: ...
+    @overload
+    def apply(
+        self, x: Tensor, labels: Tensor | float | None, draw: PolicyDraw
+    ) -> Tensor: ...
     def apply(
         self,
-        x: Tensor,
+        x: Tensor | Callable[[nn.Module], None],
         labels: Tensor | float | None = None,
         draw: PolicyDraw | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Self:
         """Augment with a given draw, in training and in eval mode.
 
         With a function as the only argument it is ``torch.nn.Module.apply``.
@@ -177,8 +184,10 @@ class LearnedAugmentation(nn.Module):
             ValueError: if labels are missing or outside [0, 1], or a shape or the
                 device does not fit.
         """
-        if draw is None:  # nn.Module's own, by which a model initialises its parts
+        if not isinstance(x, Tensor):  # nn.Module's own, to initialise parts by
             return super().apply(x)
+        if draw is None:
+            raise TypeError("Pass the draw to apply, see sample().")
         self._check(x)
         batch = x[None] if x.dim() == 2 else x
         result = self._policy.apply(batch, self._shares(batch, labels), draw)

@@ -12,7 +12,7 @@ from .ecg_augmentations import AUGMENTATIONS, Augmentation
 from .ecg_draws import Draw, electrode_noise
 from .policy_draw import StageDraw, gumbel_choice
 
-__all__ = ["OperationSet"]
+__all__ = ["OperationSet", "column_of_labels"]
 
 
 class OperationSet:
@@ -135,6 +135,31 @@ class OperationSet:
                 pieces.append(op.apply(x[rows], strength, noise, rate))
         order = torch.cat(draw.rows).argsort()
         return torch.cat(pieces)[order]
+
+
+def column_of_labels(labels: Tensor, records: int) -> Tensor:
+    """Return labels as a column, which each operation's magnitude depends on.
+
+    Args:
+        labels: classes (B,) or (B, 1).
+        records: number B of the records that they are for.
+
+    Returns:
+        The labels (B, 1).
+
+    Raises:
+        ValueError: if their number is another one.
+
+    Examples:
+        >>> column_of_labels(torch.tensor([0.0, 1.0]), records=2)
+        tensor([[0.],
+                [1.]])
+    """
+    if labels.numel() != records:
+        raise ValueError(
+            f"{records} records need {records} labels, got shape {tuple(labels.shape)}."
+        )
+    return labels.reshape(records, 1)
 
 
 def _draw_of(op: Augmentation, dropout_by: str) -> Draw:

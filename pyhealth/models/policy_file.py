@@ -8,9 +8,10 @@ bit. A policy file is data only: no code can hide in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,14 +37,39 @@ SETTINGS = {
     "dropout_by": str,
 }
 
-type Settings = dict[str, int | float | bool | str | list[str]]
 type Provenance = Mapping[str, object]
 
 
+class Settings(TypedDict):
+    """Arguments that build a policy again.
+
+    Examples:
+        >>> set(Settings.__annotations__) == set(SETTINGS)
+        True
+    """
+
+    num_stages: int
+    temperature: float
+    shared_magnitudes: bool
+    selection: Literal["sample", "batch"]
+    sampling_rate: float
+    operations: list[str]
+    initial_magnitude: float
+    dropout_by: Literal["lead", "electrode"]
+
+
+class _Content(TypedDict):
+    # What is read of a file's JSON.
+    settings: Settings
+    parameters: dict[str, object]
+    provenance: dict[str, object]
+    dtype: str
+
+
 def policy_text(
-    settings: Settings,
+    settings: Mapping[str, object],
     parameters: Mapping[str, Tensor],
-    stages: Sequence[Mapping[str, object]],
+    stages: Sequence[Mapping[Hashable, object]],
     provenance: Provenance,
 ) -> str:
     """Return a policy as JSON text.
@@ -166,9 +192,9 @@ def check_shapes(
         )
 
 
-def _content(path: str | Path) -> dict:
+def _content(path: str | Path) -> _Content:
     try:
-        content = json.loads(Path(path).read_bytes())
+        content: _Content = json.loads(Path(path).read_bytes())  # seen to below
     except ValueError as error:  # of json, and of bytes that are no text
         raise ValueError(
             f"{path} is not a policy file, or it is cut short: {error}. A policy is "

@@ -87,6 +87,7 @@ class _BasicBlock(nn.Module):
         self.conv2 = TemporalConv(out_channels, out_channels, kernel_size, stride=1)
         self.norm2 = _Norm(out_channels)
         self.relu = nn.ReLU()
+        self.shortcut: nn.Module
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         else:

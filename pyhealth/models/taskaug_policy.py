@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, overload
 
 import pandas as pd
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import policy_file
 from .ecg_augmentations import Augmentation
-from .operation_set import OperationSet
+from .operation_set import OperationSet, column_of_labels
 from .policy_draw import PolicyDraw, StageDraw
 from .policy_file import Provenance
 
@@ -75,6 +75,8 @@ class TaskAugPolicy(nn.Module):
         >>> policy.probabilities()[0, 0].item()
         0.125
     """
+
+    _bounds: Tensor
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class TaskAugPolicy(nn.Module):
             A draw for :meth:`apply`.
         """
         if labels is not None and self.num_stages and not self.shared_magnitudes:
-            _column_of_labels(labels, shape[0])
+            column_of_labels(labels, shape[0])
         with torch.no_grad():
             stages = [
                 self._operations.sample(
@@ -215,12 +217,16 @@ class TaskAugPolicy(nn.Module):
             ]
         return PolicyDraw(tuple(stages))
 
+    @overload
+    def apply(self, x: Callable[[nn.Module], None]) -> Self: ...
+    @overload
+    def apply(self, x: Tensor, labels: Tensor | None, draw: PolicyDraw) -> Tensor: ...
     def apply(
         self,
-        x: Tensor,
+        x: Tensor | Callable[[nn.Module], None],
         labels: Tensor | None = None,
         draw: PolicyDraw | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Self:
         """Augment with a given draw: a deterministic function of the parameters.
 
         With a function as the only argument it is ``torch.nn.Module.apply``.
@@ -235,8 +241,10 @@ class TaskAugPolicy(nn.Module):
         Returns:
             Augmented signals (B, C, T).
         """
-        if draw is None:  # nn.Module's own, by which a model initialises its parts
+        if not isinstance(x, Tensor):  # nn.Module's own, to initialise parts by
             return super().apply(x)
+        if draw is None:
+            raise TypeError("Pass the draw to apply, see sample().")
         for stage, stage_draw in enumerate(draw.stages, draw.first):
             x = self._apply_stage(stage, x, labels, stage_draw)
         return x
@@ -384,17 +392,9 @@ class TaskAugPolicy(nn.Module):
                 "A policy with class-specific magnitudes needs labels; pass them, or "
                 "build the policy with shared_magnitudes=True."
             )
-        share = _column_of_labels(labels, records).to(negative)
+        share = column_of_labels(labels, records).to(negative)
         positive = self._bounded(self.mag_pos[stage] + shift)
         return torch.lerp(negative.expand(records, -1), positive, share)
 
     def _bounded(self, unbounded: Tensor) -> Tensor:
-        return torch.lerp(*self._bounds, unbounded.sigmoid())
-
-
-def _column_of_labels(labels: Tensor, records: int) -> Tensor:
-    if labels.numel() != records:
-        raise ValueError(
-            f"{records} records need {records} labels, got shape {tuple(labels.shape)}."
-        )
-    return labels.reshape(records, 1)
+        return torch.lerp(self._bounds[0], self._bounds[1], unbounded.sigmoid())

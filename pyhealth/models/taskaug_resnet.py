@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..datasets import SampleDataset
+from ..datasets.sample_dataset import SampleDataset
 from .base_model import BaseModel
 from .ecg_classifier import ECGClassifier
 from .resnet_1d import _ResNet1D
@@ -80,7 +81,7 @@ class TaskAugResNet(BaseModel):
         train_policy_jointly: bool = False,
         stem_kernel_size: int | None = None,
         stem_pool: bool = True,
-        selection: str = "sample",
+        selection: Literal["sample", "batch"] = "sample",
         sampling_rate: float | None = None,
     ) -> None:
         super().__init__(dataset)

@@ -9,12 +9,28 @@ a kernel as long as the signal, and forms gradients that nobody asked for.
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 __all__ = ["TemporalConv", "signal_layout"]
 
 type Geometry = tuple[int, int, int]  #: stride, padding, length of the input
+type _Gradients = tuple[Tensor | None, Tensor | None, None]
+
+
+class _Context(Protocol):
+    # What torch keeps for a derivative; its own FunctionCtx says half of it.
+    geometry: Geometry
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, bool, bool]
+    next_functions: tuple[tuple[Node, int], ...]
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def save_for_forward(self, *tensors: Tensor) -> None: ...
 
 
 def signal_layout() -> torch.memory_format:
@@ -86,14 +102,22 @@ class _Bilinear(torch.autograd.Function):
     """A function of two tensors, linear in each, and a geometry."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(
+        ctx: _Context, inputs: tuple[Tensor, Tensor, Geometry], output: Tensor
+    ) -> None:
         first, second, ctx.geometry = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(first, second)
         ctx.save_for_forward(first, second)
 
     @classmethod
-    def jvp_of(cls, ctx, first_tangent, second_tangent, _) -> Tensor:
+    def jvp_of(
+        cls,
+        ctx: _Context,
+        first_tangent: Tensor | None,
+        second_tangent: Tensor | None,
+        _: Tensor | None,
+    ) -> Tensor:
         first, second = ctx.saved_tensors
         terms = []
         if first_tangent is not None:
@@ -125,14 +149,14 @@ class _Convolution(_Bilinear):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, g: Tensor | None):
+    def backward(ctx: _Context, g: Tensor | None) -> _Gradients:
         x, w = ctx.saved_tensors
         gx = _InputGradient.apply(g, w, ctx.geometry) if _wanted(ctx, 0, g) else None
         gw = _WeightGradient.apply(g, x, ctx.geometry) if _wanted(ctx, 1, g) else None
         return gx, gw, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: _Context, *tangents: Tensor | None) -> Tensor:
         return _Convolution.jvp_of(ctx, *tangents)
 
 
@@ -143,17 +167,17 @@ class _InputGradient(_Bilinear):
     def forward(g: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         shape = (len(g), w.shape[1], 1, geometry[2])
         x = g.new_empty(1).expand(shape)  # only its shape is read
-        return _gradients(g, x, w, geometry, (True, False, False))[0]
+        return _gradient(0, g, x, w, geometry)
 
     @staticmethod
-    def backward(ctx, x: Tensor | None):
+    def backward(ctx: _Context, x: Tensor | None) -> _Gradients:
         g, w = ctx.saved_tensors
         gg = _Convolution.apply(x, w, ctx.geometry) if _wanted(ctx, 0, x) else None
         gw = _WeightGradient.apply(g, x, ctx.geometry) if _wanted(ctx, 1, x) else None
         return gg, gw, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: _Context, *tangents: Tensor | None) -> Tensor:
         return _InputGradient.jvp_of(ctx, *tangents)
 
 
@@ -170,21 +194,21 @@ class _WeightGradient(_Bilinear):
             # 31 records).
             return torch.einsum("boht,biht->oi", g, x[..., ::stride])[:, :, None, None]
         w = x.new_empty(1).expand(g.shape[1], x.shape[1], 1, size)
-        return _gradients(g, x, w, geometry, (False, True, False))[1]
+        return _gradient(1, g, x, w, geometry)
 
     @staticmethod
-    def backward(ctx, w: Tensor | None):
+    def backward(ctx: _Context, w: Tensor | None) -> _Gradients:
         g, x = ctx.saved_tensors
         gg = _Convolution.apply(x, w, ctx.geometry) if _wanted(ctx, 0, w) else None
         gx = _InputGradient.apply(g, w, ctx.geometry) if _wanted(ctx, 1, w) else None
         return gg, gx, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: _Context, *tangents: Tensor | None) -> Tensor:
         return _WeightGradient.jvp_of(ctx, *tangents)
 
 
-def _wanted(ctx, position: int, incoming: Tensor | None) -> bool:
+def _wanted(ctx: _Context, position: int, incoming: Tensor | None) -> bool:
     """Return whether this backward pass will use the gradient of an input.
 
     ``needs_input_grad`` only says whether someone might; in a derivative in the
@@ -198,16 +222,18 @@ def _wanted(ctx, position: int, incoming: Tensor | None) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
-def _gradients(
-    g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradient(
+    of: Literal[0, 1], g: Tensor, x: Tensor, w: Tensor, geometry: Geometry
+) -> Tensor:
+    """Return the gradient in the signal (0) or in the weight (1)."""
     stride, padding, _ = geometry
     dtype = _computed_in(g)
     operands = [operand.to(dtype) for operand in (g, x, w)]
+    mask = (of == 0, of == 1, False)
     gradients = torch.ops.aten.convolution_backward(
         *operands, None, [1, stride], [0, padding], [1, 1], False, [0, 0], 1, mask
     )
-    return tuple(None if one is None else one.to(g.dtype) for one in gradients)
+    return gradients[of].to(g.dtype)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:

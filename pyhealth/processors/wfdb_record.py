@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TypedDict
 
 import numpy as np
 import wfdb
@@ -20,6 +21,23 @@ COMPRESSED = ("508", "516", "524")
 SMALL = 2**20
 #: Fields of a header's first line that a plain record does not have.
 UNUSUAL = ("counter_freq", "base_counter", "base_time", "base_date")
+
+
+class _Fields(TypedDict):
+    """The fields of a plain record's header, under wfdb's names."""
+
+    record_name: str
+    n_sig: int
+    fs: float
+    sig_len: int
+    file_name: list[str]
+    fmt: list[str]
+    samps_per_frame: list[int]
+    adc_gain: list[float]
+    baseline: list[int]
+    units: list[str]
+    checksum: list[int]
+    sig_name: list[str]
 
 
 def is_address(path: str) -> bool:
@@ -165,9 +183,7 @@ def _check_room(
         )
 
 
-def _fields(
-    of_record: dict[str, str], signals: list[dict[str, str]]
-) -> dict[str, str | float | list[str | int | float]] | None:
+def _fields(of_record: dict[str, str], signals: list[dict[str, str]]) -> _Fields | None:
     """Return the header's fields in wfdb's types; None if it is no plain record's."""
     layouts = {(s["file_name"], s["fmt"], s["byte_offset"]) for s in signals}
     plain = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import polars as pl
 
@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 
 #: Seconds of a standard recording.
 RECORDING_SECONDS = 10
+
+
+class _RecordSettings(TypedDict):
+    sampling_rate: float
+    leads: list[str]
+
+
+class _Settings(_RecordSettings):
+    length: int
+    normalize: Normalization
 
 
 class ECGRecords(BaseTask):
@@ -56,13 +66,16 @@ class ECGRecords(BaseTask):
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
-        settings = {"sampling_rate": sampling_rate, "leads": list(leads)}
+        settings: _RecordSettings = {
+            "sampling_rate": sampling_rate,
+            "leads": list(leads),
+        }
         self.event_type = event_type
         self.on_error = on_error
         # PyHealth's cache key does not see code: a changed recipe must change this.
         self.recipe_version = RECIPE_VERSION
         self.input_schema = {"ecg": (ECGRecordProcessor, settings)}
-        self.output_schema = {}
+        self.output_schema: dict[str, str] = {}
         super().__init__()
 
     def __call__(self, patient: Patient) -> list[dict[str, str | int]]:
@@ -137,7 +150,7 @@ class ECGTask(BaseTask):
         self.normalize = normalize
         self.leads = tuple(leads)
         self.on_error = on_error
-        settings = {
+        settings: _Settings = {
             "sampling_rate": self.sampling_rate,
             "length": self.length,
             "normalize": self.normalize,
@@ -163,7 +176,7 @@ class ECGTask(BaseTask):
             self.event_type, self.sampling_rate, self.leads, self.on_error
         )
 
-    def __call__(self, patient: Patient) -> list[dict[str, str | int]]:
+    def __call__(self, patient: Patient) -> list[dict[str, str | int | list[str]]]:
         """Make the samples of one patient; no waveform is read unless skipping.
 
         Args:

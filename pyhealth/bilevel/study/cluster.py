@@ -133,7 +133,7 @@ def run_study(
     """
     folder = Path(folder).resolve()
     outcomes: dict[Job, Outcome] = {}
-    futures: dict[Job, Future] = {}
+    futures: dict[Job, Future[Outcome]] = {}
     jobs = plan.jobs()
     data: dict[tuple[str, int, int], PreparedData] = {}
     for job in jobs:
@@ -182,7 +182,7 @@ def _is_done(job: Job, plan: StudyPlan, data: PreparedData, folder: Path) -> boo
     return True
 
 
-def _result(future: Future, job: Job, folder: Path) -> Outcome:
+def _result(future: Future[Outcome], job: Job, folder: Path) -> Outcome:
     try:
         return future.result()
     except KilledWorker as error:

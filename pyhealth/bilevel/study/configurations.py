@@ -44,7 +44,8 @@ class Configuration:
         Args:
             base: those that all configurations share.
         """
-        return replace(base, **self.changes)
+        # A mapping does not tell its names; RunSettings refuses those of no field.
+        return replace(base, **self.changes)  # type: ignore[arg-type]
 
     @property
     def learns(self) -> bool:

@@ -70,14 +70,14 @@ def prepare(
     """
     if n_records is None and protocol != "patient":
         raise ValueError(f"protocol={protocol!r} draws a cohort; give n_records.")
-    test_fold = int(dataset.records()["strat_fold"].max())
+    test_fold = int(max(dataset.records()["strat_fold"]))
     split = (
         dataset.usual_split()
         if n_records is None
         else CohortSplit(n_records, seed, test=(test_fold,), protocol=protocol)
     )
     train, val, test = dataset.set_task(task, split=split)
-    description = {
+    description: dict[str, str | int | list[int]] = {
         "root": dataset.corpus.address,
         "digest": _digest((train, val, test)),
         "split": repr(split),

@@ -44,14 +44,21 @@ def forest_figure(compared: pd.DataFrame) -> Figure:
         ("patients", "95 % over patients", 0.12, COLOURS[1], "D", "--"),
     )
     for kind, label, shift, colour, marker, dash in kinds:
-        look = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 5}
-        for y, row in rows.iterrows():
-            ends = [row.get(f"{kind}_low"), row.get(f"{kind}_high")]
-            if any(end is None or math.isnan(end) for end in ends):
-                ends = [row["difference"]] * 2
+        for y, row in enumerate(rows.to_dict("records")):
+            mean = row["difference"]
+            ends = [row.get(f"{kind}_{end}", math.nan) for end in ("low", "high")]
+            if any(pd.isna(end) for end in ends):
+                ends = [mean, mean]
             ax.plot(ends, [y + shift] * 2, color=colour, linestyle=dash, linewidth=1.8)
-            label_once = label if y == 0 else None
-            ax.plot(row["difference"], y + shift, label=label_once, **look)
+            ax.plot(
+                mean,
+                y + shift,
+                label=label if y == 0 else None,
+                color=colour,
+                marker=marker,
+                linestyle=dash,
+                markersize=5,
+            )
     ax.set_yticks(range(len(rows)), [_name(row) for _, row in rows.iterrows()])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     if len(rows):
@@ -122,9 +129,15 @@ def calibration_figure(predictions: Mapping[str, pd.DataFrame]) -> Figure:
         share, predicted = calibration_curve(
             table["label"], table["probability"], n_bins=BINS, strategy="quantile"
         )
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^v*"[i % 6]}
-        dash = DASHES[i % len(DASHES)]
-        ax.plot(predicted, share, label=name, linestyle=dash, markersize=5, **look)
+        ax.plot(
+            predicted,
+            share,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=DASHES[i % len(DASHES)],
+            marker="osD^v*"[i % 6],
+            markersize=5,
+        )
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     ax.legend(fontsize=9, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure

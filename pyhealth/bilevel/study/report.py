@@ -35,6 +35,9 @@ OF_A_RUN = {
     "the policy",
 }
 
+#: What is shown and what a table is sorted by.
+type Cell = dict[str, str | float]
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -89,13 +92,11 @@ def write_report(folder: str | Path) -> Path:
     source = files("pyhealth.bilevel.study").joinpath(TEMPLATE).read_text("utf-8")
     page = environment.from_string(source).render(
         parts=[
-            _part(task, size, group, runs)
-            for (task, size), group in compared.groupby(
-                ["task", "n_records"], sort=False
-            )
+            _part(group, runs)
+            for _, group in compared.groupby(["task", "n_records"], sort=False)
         ],
         sizes=[
-            (task, _size_picture(task, group))
+            (task, _size_picture(str(task), group))
             for task, group in compared.groupby("task", sort=False)
             if group["n_records"].nunique() > 1
         ],
@@ -110,7 +111,9 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-def _part(task: str, size: int, compared: pd.DataFrame, runs: pd.DataFrame) -> dict:
+def _part(compared: pd.DataFrame, runs: pd.DataFrame) -> dict[str, object]:
+    """Return what the page says of one task and cohort size."""
+    task, size = compared["task"].iloc[0], compared["n_records"].iloc[0]
     own = runs[(runs["task"] == task) & (runs["n_records"] == size)]
     cohort = f"{size} records" if size else "all records"
     name = f"{task}, {cohort}"
@@ -132,20 +135,20 @@ def _part(task: str, size: int, compared: pd.DataFrame, runs: pd.DataFrame) -> d
     }
 
 
-def _cells(row: pd.Series) -> dict:
+def _cells(row: pd.Series) -> dict[str, object]:
     """Return what a row of the table shows, and what it is sorted by."""
 
-    def cell(value: float, form: str, tail: str = "") -> dict:
+    def cell(value: float, form: str, tail: str = "") -> Cell:
         if value is None or math.isnan(value):
             return {"text": "\N{EN DASH}", "value": ""}
         return {"text": format(value, form) + tail, "value": value}
 
-    def spread(name: str) -> dict:
+    def spread(name: str) -> Cell:
         deviation = row[f"{name}_sd"]
         tail = "" if math.isnan(deviation) else f" ± {deviation:.3f}"
         return cell(row[name], ".3f", tail)
 
-    def interval(kind: str) -> dict:
+    def interval(kind: str) -> Cell:
         low, high = row.get(f"{kind}_low"), row.get(f"{kind}_high")
         if low is None or math.isnan(low):
             return cell(row["difference"] if kind == "seeds" else math.nan, "+.3f")
@@ -179,7 +182,7 @@ def _cells(row: pd.Series) -> dict:
 def _calibration(name: str, runs: pd.DataFrame) -> Picture:
     shown = runs[runs["configuration"].isin(CALIBRATED) & (runs["budget"] == "steps")]
     predictions = {
-        key: pd.concat(
+        str(key): pd.concat(
             pd.read_csv(Path(path) / "predictions.csv") for path in group["folder"]
         )
         for key, group in shown.groupby("configuration", sort=False)
@@ -193,11 +196,12 @@ def _size_picture(task: str, compared: pd.DataFrame) -> Picture:
     return Picture.of(size_figure(compared), alt)
 
 
-def _run_pictures(runs: pd.DataFrame) -> list[dict]:
+def _run_pictures(runs: pd.DataFrame) -> list[dict[str, object]]:
     """Return the pictures of every run that has drawn its policy."""
-    found = []
-    for row in runs.itertuples():
-        folder = Path(row.folder)
+    found: list[dict[str, object]] = []
+    columns = (runs[name] for name in ("folder", "configuration", "seed"))
+    for path, configuration, seed in zip(*columns, strict=True):
+        folder = Path(path)
         if not (folder / "policy.png").exists():
             continue
         pictures = [
@@ -205,7 +209,7 @@ def _run_pictures(runs: pd.DataFrame) -> list[dict]:
             for name, alt in OF_A_RUN.items()
             if (folder / name).exists()
         ]
-        name = f"{row.configuration}, seed {row.seed}"
+        name = f"{configuration}, seed {seed}"
         found.append({"name": name, "pictures": pictures})
     return found
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ...models.taskaug_policy import TaskAugPolicy
 from .configurations import CONFIGURATIONS
-from .statistics import agreement, bootstrap_by_patient, holm, over_seeds, verdict
+from .statistics import (
+    Interval,
+    agreement,
+    bootstrap_by_patient,
+    holm,
+    over_seeds,
+    verdict,
+)
 
 __all__ = ["comparison", "document", "read_runs", "summary", "write_tables"]
 
@@ -102,21 +109,17 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
             _row(own, group)
             for _, own in group.groupby(["configuration", "budget"], sort=False)
         ]
-        names = [f"{row['configuration']} {row['budget']}" for row in part]
-        corrected = holm(
-            {name: row["p_value"] for name, row in zip(names, part, strict=True)}
-        )
-        for name, row in zip(names, part, strict=True):
+        names = [f"{row['configuration']} {row['budget']}" for row, _ in part]
+        p_values = [math.nan if found is None else found.p_value for _, found in part]
+        corrected = holm(dict(zip(names, p_values, strict=True)))
+        for name, (row, found) in zip(names, part, strict=True):
             row["p_holm"] = corrected[name]
-            if row["seeds_interval"] is not None:
+            if found is not None:
                 row["verdict"] = verdict(
-                    row["seeds_interval"],
-                    row["patients_interval"],
-                    row["p_holm"],
-                    row["seeds"],
+                    found.over_seeds, found.over_patients, corrected[name], found.seeds
                 )
             rows.append({"task": task, "n_records": size, **row})
-    return pd.DataFrame(rows).drop(columns=["seeds_interval", "patients_interval"])
+    return pd.DataFrame(rows)
 
 
 def summary(compared: pd.DataFrame) -> str:
@@ -189,7 +192,18 @@ def write_tables(folder: str | Path) -> pd.DataFrame:
     return compared
 
 
-def _row(own: pd.DataFrame, group: pd.DataFrame) -> dict:
+class _Difference(NamedTuple):
+    """A configuration's difference from the reference, and the seeds that both have."""
+
+    over_seeds: Interval
+    over_patients: Interval
+    p_value: float
+    seeds: int
+
+
+def _row(
+    own: pd.DataFrame, group: pd.DataFrame
+) -> tuple[dict[str, object], _Difference | None]:
     first = group.iloc[0]
     reference = group[
         (group["configuration"] == first["configuration"])
@@ -197,7 +211,7 @@ def _row(own: pd.DataFrame, group: pd.DataFrame) -> dict:
     ].set_index("seed")
     own = own.set_index("seed")
     paired = own.index.intersection(reference.index)
-    row = {
+    row: dict[str, object] = {
         "configuration": own["configuration"].iloc[0],
         "budget": own["budget"].iloc[0],
         "title": _title(own["configuration"].iloc[0]),
@@ -210,26 +224,24 @@ def _row(own: pd.DataFrame, group: pd.DataFrame) -> dict:
     row |= {"leak_auroc": own["leak_auroc"].mean(), "agreement": _agreement(own)}
     row["seconds"] = own["seconds"].mean()
     nothing = {"p_value": math.nan, "verdict": "not compared", "difference": math.nan}
-    nothing |= {"seeds_interval": None, "patients_interval": None}
     if own.index.equals(reference.index) and own.equals(reference):
-        return row | nothing | {"verdict": "the reference"}
+        return row | nothing | {"verdict": "the reference"}, None
     if not len(paired) or own["roc_auc"].isna().any():
-        return row | nothing
+        return row | nothing, None
     differences = own.loc[paired, "roc_auc"] - reference.loc[paired, "roc_auc"]
     seeds, p_value = over_seeds(differences)
     patients = bootstrap_by_patient(
         [(_predictions(own, seed), _predictions(reference, seed)) for seed in paired]
     )
-    return row | {
+    row |= {
         "difference": seeds.mean,
         "seeds_low": seeds.low,
         "seeds_high": seeds.high,
         "patients_low": patients.low,
         "patients_high": patients.high,
         "p_value": p_value,
-        "seeds_interval": seeds,
-        "patients_interval": patients,
     }
+    return row, _Difference(seeds, patients, p_value, len(paired))
 
 
 def _title(key: str) -> str:
@@ -237,7 +249,7 @@ def _title(key: str) -> str:
 
 
 def _predictions(runs: pd.DataFrame, seed: int) -> pd.DataFrame:
-    path = Path(runs.loc[seed, "folder"]) / "predictions.csv"
+    path = Path(runs["folder"].loc[seed]) / "predictions.csv"
     return pd.read_csv(path, dtype={"patient_id": str})
 
 
@@ -253,7 +265,7 @@ def _agreement(runs: pd.DataFrame) -> float:
     )
 
 
-def _shown(row: Mapping) -> dict[str, str]:
+def _shown(row: pd.Series) -> dict[str, str]:
     def spread(name: str) -> str:
         deviation = row[f"{name}_sd"]
         tail = "" if math.isnan(deviation) else f" ± {deviation:.3f}"
@@ -283,7 +295,7 @@ def _shown(row: Mapping) -> dict[str, str]:
     }
 
 
-def _document_row(row: Mapping) -> dict[str, str]:
+def _document_row(row: pd.Series) -> dict[str, str]:
     shown = _shown(row)
     low, high = (row.get(f"patients_{end}", math.nan) for end in ("low", "high"))
     patients = "-" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"

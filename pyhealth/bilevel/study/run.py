@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from ...datasets import get_dataloader
 from ...datasets.ecg_samples import ECGSamples
+from ...datasets.utils import get_dataloader
 from ...models.taskaug_policy import TaskAugPolicy
 from ..distributed import Processes
 from ..leak import leak_auroc
@@ -87,7 +88,7 @@ def _write_results(
     predictions: pd.DataFrame,
     folder: Path,
     searched: float,
-) -> dict:
+) -> dict[str, object]:
     trainer.save_ckpt(str(folder / "best.ckpt"))
     history, validation = trainer.history, None
     best = _best_epoch(history, data.train.output_schema["label"])
@@ -114,7 +115,7 @@ def _predict(
 ) -> pd.DataFrame:
     loader = get_dataloader(samples, batch_size)
     labels, probabilities, _ = trainer.inference(loader)
-    columns: dict = identities(samples)
+    columns: dict[str, list[int] | list[str] | np.ndarray] = {**identities(samples)}
     for index, name in enumerate(samples.label_names):
         suffix = f"/{name}" if name else ""
         columns[f"label{suffix}"] = labels[:, index].astype(int)
@@ -122,11 +123,12 @@ def _predict(
     return pd.DataFrame(columns)
 
 
-def _best_epoch(history: list[dict], kind: str) -> int:
+def _best_epoch(history: list[dict[str, float]], kind: str) -> int:
     """Return the epoch that the trainer has kept; the first of equal ones."""
-    monitor, criterion = MONITOR[kind].values()
-    scores = [row[monitor] for row in history]
-    return scores.index(max(scores) if criterion == "max" else min(scores))
+    told = MONITOR[kind]
+    scores = [row[told["monitor"]] for row in history]
+    best = max if told["monitor_criterion"] == "max" else min
+    return scores.index(best(scores))
 
 
 def _number(value: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -147,7 +147,7 @@ def _curves(
     }
 
 
-def configuration_of(settings: RunSettings, data: PreparedData) -> dict:
+def configuration_of(settings: RunSettings, data: PreparedData) -> dict[str, object]:
     """Return what config.json says of a run.
 
     Args:
@@ -158,8 +158,14 @@ def configuration_of(settings: RunSettings, data: PreparedData) -> dict:
         >>> configuration_of(RunSettings(), data)["settings"]  # doctest: +SKIP
     """
     task = vars(data.task)
-    shown = ("task_label", "sampling_rate", "length", "normalize")
-    shown += ("min_likelihood", "labelled_only")
+    shown = (
+        "task_label",
+        "sampling_rate",
+        "length",
+        "normalize",
+        "min_likelihood",
+        "labelled_only",
+    )
     return {
         "settings": asdict(settings),
         "task": {name: task[name] for name in shown if name in task}
@@ -198,7 +204,9 @@ def provenance(settings: RunSettings, data: PreparedData, epoch: int) -> Provena
 
 
 def check_same_run(
-    path: Path, configuration: dict, may_differ: Sequence[str] = ("epochs", "device")
+    path: Path,
+    configuration: Mapping[str, object],
+    may_differ: Sequence[str] = ("epochs", "device"),
 ) -> None:
     """See that the run begun in a folder is this one.
 
@@ -240,7 +248,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, table.to_csv(index=False).encode())
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file, whole or not at all.
 
     Examples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import (
@@ -19,7 +21,7 @@ __all__ = ["by_label", "score"]
 NO_INTERVAL = {"roc_auc_low": None, "roc_auc_high": None}
 
 
-def score(predictions: pd.DataFrame) -> dict:
+def score(predictions: pd.DataFrame) -> Mapping[str, object]:
     """Score predictions.
 
     Args:
@@ -71,7 +73,7 @@ def by_label(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
         ['patient_id', 'label', 'probability']
     """
     ids = predictions[[c for c in ("ecg_id", "patient_id") if c in predictions]]
-    prefixed = [c for c in predictions if c.split("/")[0] == "label"]
+    prefixed = [c for c in map(str, predictions) if c.split("/")[0] == "label"]
     return {
         column.removeprefix("label").removeprefix("/"): ids.assign(
             label=predictions[column],

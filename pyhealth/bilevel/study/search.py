@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 #: RandAugment's grid: operations a record, and the magnitude of them all as a share of
 #: each one's interval.
-RANDAUGMENT = {"stages": [1, 2, 3], "magnitude": [0.2, 0.5, 0.8]}
+RANDAUGMENT: dict[str, list[float]] = {
+    "stages": [1, 2, 3],
+    "magnitude": [0.2, 0.5, 0.8],
+}
 #: Random trials before the estimator has something to estimate from: a search for as
 #: long as one bi-level training has some ten trials.
 STARTUP = 3
@@ -75,14 +78,14 @@ def search(
         study_name=settings.policy,
         load_if_exists=True,
     )
-    for trial in study.get_trials(states=[TrialState.RUNNING]):  # killed in it
-        study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
-        study.tell(trial.number, state=TrialState.FAIL)
+    for killed in study.get_trials(states=[TrialState.RUNNING]):
+        study.enqueue_trial(killed.system_attrs.get("fixed_params", killed.params))
+        study.tell(killed.number, state=TrialState.FAIL)
     propose = _any_policy(settings.policy_stages)
     if settings.policy == "randaugment":
         propose = _randaugment
-        for point in product(*RANDAUGMENT.values()):
-            point = dict(zip(RANDAUGMENT, point, strict=True))
+        for values in product(*RANDAUGMENT.values()):
+            point = dict(zip(RANDAUGMENT, values, strict=True))
             study.enqueue_trial(point, skip_if_exists=True)
     while not _finished(study, settings):
         # Seeded anew, so that a search that was stopped does not draw the same again.
@@ -98,6 +101,7 @@ def _finished(study: optuna.Study, settings: RunSettings) -> bool:
     tried = len(study.get_trials(states=[TrialState.COMPLETE]))
     if settings.policy == "randaugment":
         return tried >= math.prod(len(values) for values in RANDAUGMENT.values())
+    assert settings.search_seconds is not None  # RunSettings sees to it
     return tried > 0 and _seconds(study) >= settings.search_seconds
 
 
@@ -131,7 +135,7 @@ def _policy_file(folder: Path, number: int) -> Path:
 
 def _randaugment(trial: optuna.Trial, sampling_rate: float) -> TaskAugPolicy:
     return TaskAugPolicy(
-        trial.suggest_categorical("stages", RANDAUGMENT["stages"]),
+        int(trial.suggest_categorical("stages", RANDAUGMENT["stages"])),
         initial_magnitude=trial.suggest_categorical(
             "magnitude", RANDAUGMENT["magnitude"]
         ),

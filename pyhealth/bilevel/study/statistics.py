@@ -185,7 +185,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """
     known = {name: p for name, p in p_values.items() if not math.isnan(p)}
     adjusted, largest = dict.fromkeys(p_values, math.nan), 0.0
-    for rank, name in enumerate(sorted(known, key=known.get)):
+    for rank, name in enumerate(sorted(known, key=known.__getitem__)):
         largest = max(largest, min(1.0, (len(known) - rank) * known[name]))
         adjusted[name] = largest
     return adjusted

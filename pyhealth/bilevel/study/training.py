@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...datasets import get_dataloader
-from ...datasets.ecg_samples import ECGSamples
+from ...datasets.ecg_samples import ECGSamples, Sample
+from ...datasets.utils import get_dataloader
 from ...models.taskaug_policy import TaskAugPolicy
 from ...models.taskaug_resnet import TaskAugResNet
 from ..checkpoint import write_whole
-from ..step import Batch
 from ..trainer import BiLevelTrainer
+from ..types import Batch
 from .data import PreparedData
 from .settings import RunSettings
 
@@ -28,6 +29,19 @@ __all__ = ["Mixup", "random_signs", "train"]
 #: standard deviations.
 NOISE_SHARE = 0.2
 
+
+class Monitor(TypedDict):
+    """The score that picks the best epoch, and whether it should be large or small.
+
+    Examples:
+        >>> MONITOR["binary"]
+        {'monitor': 'roc_auc', 'monitor_criterion': 'max'}
+    """
+
+    monitor: str
+    monitor_criterion: Literal["max", "min"]
+
+
 #: Validation scores of an epoch, by the kind of the label, and what picks the best one.
 #: With many labels some have no positive record in a small validation part, so there is
 #: no mean over the labels, and the loss picks, as with the paper's authors.
@@ -35,7 +49,7 @@ METRICS = {
     "binary": ["roc_auc", "pr_auc"],
     "multilabel": ["roc_auc_micro", "pr_auc_micro"],
 }
-MONITOR = {
+MONITOR: dict[str, Monitor] = {
     "binary": {"monitor": "roc_auc", "monitor_criterion": "max"},
     "multilabel": {"monitor": "loss", "monitor_criterion": "min"},
 }
@@ -142,13 +156,16 @@ class Mixup:
     """
 
     def __init__(
-        self, collate: Callable[[list], Batch], seed: int = 0, alpha: float = 0.2
+        self,
+        collate: Callable[[list[Sample]], Batch],
+        seed: int = 0,
+        alpha: float = 0.2,
     ) -> None:
         self.collate = collate
         self.seed = seed
         self.alpha = alpha
 
-    def __call__(self, samples: list[dict]) -> Batch:
+    def __call__(self, samples: list[Sample]) -> Batch:
         """Return the mixed batch."""
         batch = self.collate(samples)
         ids = [int(ecg_id) for ecg_id in batch["ecg_id"]]
@@ -218,7 +235,7 @@ def _policy(settings: RunSettings, sampling_rate: float) -> TaskAugPolicy:
     return policy
 
 
-def _training_loader(samples: ECGSamples, settings: RunSettings) -> DataLoader:
+def _training_loader(samples: ECGSamples, settings: RunSettings) -> DataLoader[Batch]:
     loader = get_dataloader(
         samples, settings.batch_size, shuffle=True, seed=settings.seed
     )
