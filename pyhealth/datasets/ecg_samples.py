@@ -28,7 +28,12 @@ type Label = int | list[str]
 
 
 class Sample(TypedDict):
-    """One sample of an ECG task."""
+    """One sample of an ECG task.
+
+    Examples:
+        >>> [*Sample.__annotations__]
+        ['patient_id', 'ecg_id', 'ecg', 'label']
+    """
 
     patient_id: str
     ecg_id: int
