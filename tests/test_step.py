@@ -8,8 +8,8 @@ the unperturbed step: that they too depend on the policy is not part of the defi
 
 from __future__ import annotations
 
-import logging
 import itertools
+import logging
 import os
 import random
 import statistics
