@@ -2,19 +2,18 @@
 
 import logging
 import os
+import shutil
 
 # Before litdata is imported: it would ask a registry for its newest version.
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+# Before torch is, here and in what tests start: the networks are tiny, and more threads
+# cost time, a great deal of it where they spin while other tests use the cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
-import torch
 from dask.distributed import LocalCluster
 
 from pyhealth.datasets import base_dataset
-
-# The networks here are tiny: more threads cost time, and a great deal of it where other
-# programs use the cores.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -86,3 +85,19 @@ def parts(dataset):
 
     task = ECGBinaryClassification("MI", sampling_rate=100, length=200)
     return dataset.set_task(task, split=StratFoldSplit())
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser, without a window."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on PATH")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"]
+        )
+        yield made
+        made.close()

@@ -10,8 +10,6 @@ from pyhealth.bilevel.plot_style import new_figure, write_png
 from pyhealth.bilevel.study.jobs import Job
 from pyhealth.bilevel.study.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
@@ -62,20 +60,6 @@ def test_it_is_made_from_what_is_stored_alone(study, page, monkeypatch):
     ):
         monkeypatch.setattr(name, lambda *args: pytest.fail("not from the stored"))
     assert write_report(study).read_text() == page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on PATH")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
-        )
-        yield made
-        made.close()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
