@@ -1,4 +1,7 @@
-"""Shared, read-only things that are slow to make, made once a session."""
+"""Shared, read-only things that are slow to make, made once a session.
+
+PyHealth is imported where it is used: what only hands tests out need not wait for it.
+"""
 
 import logging
 import os
@@ -11,9 +14,7 @@ os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
-from dask.distributed import LocalCluster
-
-from pyhealth.datasets import base_dataset
+from filelock import FileLock
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +23,9 @@ def events_are_read_in_this_process():
 
     Programs that tests start have worker processes.
     """
+    from dask.distributed import LocalCluster
+
+    from pyhealth.datasets import base_dataset
 
     def cluster(**settings):
         return LocalCluster(**settings | {"processes": False})
@@ -64,7 +68,13 @@ def corpus(tmp_path_factory):
     """A synthetic PTB-XL of 200 patients at both rates. Never write into it."""
     from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
 
-    return write_synthetic_ptbxl(tmp_path_factory.mktemp("ptbxl") / "data", 200, seed=0)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers
+        folder = folder.parent
+    with FileLock(folder / "ptbxl.lock"):
+        if not (folder / "ptbxl").exists():
+            write_synthetic_ptbxl(folder / "ptbxl", 200, seed=0)
+    return folder / "ptbxl"
 
 
 @pytest.fixture(scope="session")

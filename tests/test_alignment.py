@@ -191,6 +191,7 @@ def test_shared_magnitudes_get_the_sum_over_the_classes(problem):
     assert set(other) == {"logits", "mag_neg"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [0, 1])
 def test_stages_share_the_records_and_those_that_do_nothing_change_nothing(
     problem, live

@@ -141,6 +141,7 @@ def train(sets, **settings):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [True, False])
 def test_training_goes_on_as_without_and_scores_are_of_clean_statistics(sets, last):
     plain = train(sets, load_best_model_at_last=False)

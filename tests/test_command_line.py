@@ -22,6 +22,8 @@ from pyhealth.bilevel.study.training import train
 from pyhealth.datasets.ptbxl import PTBXLDataset
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SCRIPT = (
     Path(__file__).parents[1]
     / "examples"

@@ -27,6 +27,8 @@ from pyhealth.processors.ecg_record_processor import (
 )
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
+pytestmark = pytest.mark.slow  # a server on loopback
+
 SHORT = {"sampling_rate": 100, "length": 50}
 ADDRESS = "s3://corpora/ptbxl"
 

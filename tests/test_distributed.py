@@ -33,7 +33,10 @@ from pyhealth.models.taskaug_policy import TaskAugPolicy
 LEADS, LENGTH, RATE = 2, 60, 50
 
 # The children are forked on purpose, and what they inherit they do not use.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+]
 
 
 def samples_of(name, seed, records):

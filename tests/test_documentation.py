@@ -48,6 +48,7 @@ def test_every_block_is_of_a_language_that_is_tested(page):
     assert {language for language, _ in blocks(page)} <= {"python", "sh", *NOT_RUN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "python" in dict(blocks(page))]
 )

@@ -35,7 +35,10 @@ LEADS, LENGTH, RATE = 2, 40, 50
 KILLS = 8
 
 # The children are forked on purpose, and what they inherit they do not use.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+]
 
 
 def raw_samples(name, seed, records=16):

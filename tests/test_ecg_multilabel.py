@@ -178,6 +178,7 @@ def test_wrong_arguments_are_named(arguments, words):
         ECGMultilabelClassification(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "counts"),
     [
@@ -310,6 +311,7 @@ def test_a_policy_for_several_labels_shares_its_magnitudes(superclasses):
         assert torch.isfinite(result["loss"])
 
 
+@pytest.mark.slow
 def test_a_run_scores_every_label(dataset, tmp_path):
     data = prepare(dataset, task_of())
     settings = RunSettings(

@@ -27,6 +27,8 @@ from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
 from pyhealth.processors.ecg_record_processor import ECGRecordProcessor, RecordError
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
+pytestmark = pytest.mark.slow  # every fault prepares a cache
+
 ROOT = Path(__file__).parents[1]
 TABLE = "ptbxl_database.csv"
 
@@ -364,13 +366,11 @@ def expected(small, tmp_path_factory):
     return f"[32, 4, 4] {float(train[0]['ecg'].sum())}"
 
 
-@pytest.mark.slow
 def test_two_processes_prepare_the_same_cache_at_once(root, expected):
     both = [process_of(root), process_of(root)]
     assert [last_line(process) for process in both] == [expected] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["*.parquet", "samples_*"])
 def test_an_interrupted_set_task_is_done_again(root, expected, seen):
     process = process_of(root, start_new_session=True)
@@ -381,7 +381,6 @@ def test_an_interrupted_set_task_is_done_again(root, expected, seen):
     assert last_line(process_of(root)) == expected
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_costs_nothing(root, expected):
     """A limit on the size of files stands for a disk that ends."""
 
@@ -396,7 +395,6 @@ def test_a_full_disk_is_an_error_and_costs_nothing(root, expected):
     assert last_line(process_of(root)) == expected
 
 
-@pytest.mark.slow
 def test_clock_and_locale_change_nothing(root, expected):
     """The zone that is a day ahead, and a language with a decimal comma."""
     environment = {"TZ": "Pacific/Kiritimati", "LC_ALL": "tr_TR.UTF-8"}
@@ -405,7 +403,6 @@ def test_clock_and_locale_change_nothing(root, expected):
     )
 
 
-@pytest.mark.slow
 def test_a_root_that_cannot_be_written_is_enough(root, expected):
     for path in [root, *root.rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)

@@ -11,6 +11,8 @@ import sys
 import pytest
 from fuzz.targets import FUZZ, TARGETS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_was_found_stays_mended(name):
@@ -20,7 +22,6 @@ def test_what_was_found_stays_mended(name):
         TARGETS[name](path.read_bytes())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "runs"), [("header", 1000), ("scp_codes", 100_000)])
 def test_nothing_new_is_found_at_once(name, runs, tmp_path):
     if importlib.util.find_spec("atheris") is None:

@@ -652,6 +652,7 @@ def enumerated(setting, magnitude):
 
 
 class TestEnumeration:
+    @pytest.mark.slow
     @pytest.mark.parametrize("setting", [BATCH, SAMPLE], ids=["batch", "sample"])
     def test_mean_logit_gradient_points_along_the_exact_one(self, setting):
         cosines, _ = enumerated(setting, magnitude=0.25)

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 #: Adds the entry as soon as the module has run, as a line in its file would: before any
 #: other module, PyHealth's own included, can take the registry from it.
 SCRIPT = """
@@ -68,6 +70,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_ninth_operation_is_one_entry_of_the_registry(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True

@@ -177,6 +177,7 @@ def test_the_citation_has_the_version_of_the_package(wheel):
     assert importlib.metadata.version("pyhealth-taskaug") == project["version"]
 
 
+@pytest.mark.slow
 def test_the_package_index_would_take_the_distributions(wheel, tmp_path):
     """What ``make dist`` does, without a network."""
     source = copy_of_the_project(tmp_path / "source")

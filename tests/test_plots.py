@@ -125,6 +125,7 @@ def test_a_path_that_is_no_png_is_refused_and_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_pictures_from_threads_equal_those_drawn_one_by_one(tmp_path):
     names = ("ecg", "policy")
     with ThreadPoolExecutor(4) as pool:
@@ -136,6 +137,7 @@ def test_pictures_from_threads_equal_those_drawn_one_by_one(tmp_path):
         assert job.result().read_bytes() == alone.read_bytes()
 
 
+@pytest.mark.slow
 def test_no_pyplot_is_imported(tmp_path):
     # Its folder as a package of its own: PyHealth itself imports pyplot.
     code = f"""

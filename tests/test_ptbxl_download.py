@@ -20,6 +20,8 @@ from pyhealth.datasets import ptbxl_download
 from pyhealth.datasets.ptbxl import PTBXLDataset
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
 
+pytestmark = pytest.mark.slow  # a server on loopback
+
 VICTIM = "records100/00000/00002_lr.dat"
 
 

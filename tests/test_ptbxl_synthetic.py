@@ -190,6 +190,7 @@ def test_statements_table(corpus):
     )
 
 
+@pytest.mark.slow
 def test_sub_folder_is_the_thousand(tmp_path, monkeypatch):
     flat = np.zeros((12, 5000))
     monkeypatch.setattr(ptbxl_synthetic, "synthesise", lambda *_: flat)

@@ -103,6 +103,7 @@ def test_a_policy_is_learned(name, method):
         assert name.endswith("_dummy_param") or not parameter.equal(before[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "half", "tolerance"),
     # The rounding of SparcNet's many normalisations needs the wider interval.

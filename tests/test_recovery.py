@@ -20,6 +20,8 @@ from pyhealth.models.ecg_augmentations import AUGMENTATIONS
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.models.taskaug_resnet import TaskAugResNet
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 LEADS, LENGTH, RATE = 3, 200, 50
 PLANTED, SHARE_LOST = "lead_dropout", 0.7
 OPERATIONS = ("no_op", "gaussian_noise", "baseline_wander", PLANTED)

@@ -10,6 +10,8 @@ from pyhealth.bilevel.plot_style import new_figure, write_png
 from pyhealth.bilevel.study.jobs import Job
 from pyhealth.bilevel.study.report import write_report
 
+pytestmark = pytest.mark.slow  # a whole study, and a browser
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):

@@ -247,6 +247,7 @@ def flattened(tensors):
 # The hypergradient's value
 
 
+@pytest.mark.slow
 def test_one_step_is_the_slope_of_a_replayed_adam_step(resnet):
     step = step_of(resnet, resnet.policy)
     replay, draws = Replay(step, HALF_WITH_KINKS), recorded(step.policy)
@@ -785,6 +786,7 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
     assert statistics.median(cosines) > 0.95
 
 
+@pytest.mark.slow
 @published("PTBXL_ROOT")
 @pytest.mark.parametrize(
     ("method", "cosine"), [("alignment", 0.98), ("one_step", 0.95), ("neumann", 0.95)]

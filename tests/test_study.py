@@ -53,6 +53,8 @@ from pyhealth.datasets import dask_futures
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 from pyhealth.tasks.ecg_classification import ECGBinaryClassification
 
+pytestmark = pytest.mark.slow  # real workers
+
 ROOT = Path(__file__).parents[1]
 BASE = RunSettings(
     base_width=4, epochs=2, warmup_epochs=0, alignment_records=2, device="cpu"

@@ -185,6 +185,7 @@ for _ in range(40):
 """
 
 
+@pytest.mark.slow
 def test_an_odd_batch_on_two_threads_writes_nowhere_else():
     """In a process of its own: with AVX-512 the shortcuts' gradient crashed it."""
     command = [sys.executable, "-c", ODD_BATCH]

@@ -466,6 +466,7 @@ def test_patience_stops_early(train_set, val_set, patience, epochs):
     assert bytes_of(trainer.model, trainer.policy) == trainer.states[best]
 
 
+@pytest.mark.slow
 def test_seconds_end_a_training_and_more_go_on(loaders, train_set, tmp_path):
     def two_seconds_an_epoch(trainer):
         trainer.history[-1]["seconds"] = 2.0
@@ -514,6 +515,7 @@ def test_test_data_meet_the_best_weights(train_set, val_set, test_set):
 # Which data go where
 
 
+@pytest.mark.slow
 def test_validation_and_policy_share_a_disk_backed_dataset_in_peace(parts):
     train, val, _ = parts
     leads = next(iter(val))["ecg"].shape[0]
@@ -1063,6 +1065,7 @@ def told(messages):
     return [line for line in text if "TOLD FROM ITS START" in line]
 
 
+@pytest.mark.slow
 def test_random_hypergradients_are_called_chance(train_set, loaders, messages):
     trainer = trainer_of(resnet(train_set))
     generator = torch.Generator().manual_seed(0)
@@ -1077,6 +1080,7 @@ def test_random_hypergradients_are_called_chance(train_set, loaders, messages):
     assert len(told(messages)) == 1
 
 
+@pytest.mark.slow
 def test_hypergradients_that_agree_are_not_called_chance(train_set, loaders, messages):
     trainer = trainer_of(resnet(train_set))
     generator = torch.Generator().manual_seed(0)
@@ -1112,6 +1116,7 @@ def test_what_the_hook_returns_moves_the_policy(train_set, loaders):
     assert trainer.policy.probabilities().unique().numel() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer_loss", ["ranking", "calibrated"])
 @pytest.mark.parametrize("method", ["alignment", "one_step"])
 def test_other_outer_losses_give_another_hypergradient(
@@ -1135,6 +1140,7 @@ def test_other_outer_losses_give_another_hypergradient(
     assert not torch.allclose(first, other, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["one_step", "alignment"])
 def test_training_in_pieces_ends_where_whole_batches_do(train_set, loaders, method):
     histories = []
@@ -1158,6 +1164,7 @@ def test_training_in_pieces_ends_where_whole_batches_do(train_set, loaders, meth
 # It learns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["one_step", "alignment"])
 def test_an_operation_that_hurts_loses_its_probability(method):
     """A mask of nearly the whole record takes the class away, so no_op should win.

@@ -200,6 +200,7 @@ TOKENS = "0 1 16 212 - -1 1.5 e 4 ~ / ( ) x2 +3 :2 mV r.dat s.dat # r é 500 1e3
 CHANGES = st.sampled_from([*TOKENS.split(), "", " ", "\n"])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 3), CHANGES)))
 @example([(4, 3, "1000000000")])
 @FEW
@@ -211,6 +212,7 @@ def test_a_changed_header_means_to_both_the_same(shared_folder, changes):
     compare(put(shared_folder, header))
 
 
+@pytest.mark.slow
 @given(
     gains=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=15),
     baseline=st.integers(-(2**15), 2**15),
@@ -246,6 +248,7 @@ def shared_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("headers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["PTBXL_ROOT", "PTBXL100_ROOT"])
 def test_published_records_are_what_wfdb_reads(variable, request):
     """All agree with their checksums, and one of eight with wfdb, which is slower."""
