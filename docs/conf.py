@@ -16,6 +16,7 @@ sys.path.insert(0, str(DOCS))
 
 project = "pyhealth-taskaug"
 author = "pyhealth-taskaug contributors"
+copyright = f"2026, {author}"
 release = version = installed_version("pyhealth-taskaug")
 extensions = [
     "myst_parser",
