@@ -21,11 +21,11 @@ help: ## list the targets
 demo: $(STAMP) ## train on a corpus written on the spot; table and pictures in output/demo
 	$(PY) $(DEMO) --synthetic --mode bilevel --alignment_records 32 --output_dir output/demo
 
-test: $(STAMP) ## run every test with its coverage, then the style checks
+test: $(STAMP) ## run every test with its coverage, then make lint
 	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing
 	@$(MAKE) --no-print-directory lint
 
-test-fast: $(STAMP) ## run the tests that take less than seconds each
+test-fast: $(STAMP) ## run the tests that take less than a second each
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
 
 lint: $(STAMP) ## check style and layout with ruff, types with mypy

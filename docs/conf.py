@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -45,7 +46,8 @@ def make_pages(app: Sphinx) -> None:
 
     draw_all(DOCS / "_generated")
     cards = DOCS / "_generated" / "policies"
-    cards.mkdir(exist_ok=True)
+    shutil.rmtree(cards, ignore_errors=True)
+    cards.mkdir()
     for card in sorted((DOCS.parent / "policies").glob("*.md")):
         text = card.read_text(encoding="utf-8").replace("](../docs/", "](../../")
         (cards / card.name).write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from filelock import FileLock
 def events_are_read_in_this_process():
     """As in notebooks: a worker process would first import PyHealth, for seconds.
 
-    Programs that tests start have worker processes.
+    Programs that tests start have worker processes, if they do not say otherwise.
     """
     from dask.distributed import LocalCluster
 
@@ -73,7 +73,8 @@ def corpus(tmp_path_factory):
         folder = folder.parent
     with FileLock(folder / "ptbxl.lock"):
         if not (folder / "ptbxl").exists():
-            write_synthetic_ptbxl(folder / "ptbxl", 200, seed=0)
+            made = write_synthetic_ptbxl(folder / "unfinished", 200, seed=0)
+            made.rename(folder / "ptbxl")
     return folder / "ptbxl"
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -361,7 +360,6 @@ def test_a_killed_run_goes_on_with_resume(finished, arguments_of, run, tmp_path)
     arguments = [*arguments_of(tmp_path), *same]
     killed = subprocess.run(
         [sys.executable, "-c", DEADLY, tmp_path / "history.csv", SCRIPT, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         timeout=300,
     )

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import wfdb
 
+from pyhealth.datasets.ecg_dataset import UNFINISHED
 from pyhealth.datasets.ecg_samples import CacheError
 from pyhealth.datasets.ptbxl import PTBXLDataset, StratFoldSplit
 from pyhealth.datasets.ptbxl_synthetic import write_synthetic_ptbxl
@@ -337,17 +338,19 @@ import test_faults
 from pathlib import Path
 from dask.distributed import LocalCluster
 from pyhealth.datasets import base_dataset
-base_dataset.DaskCluster = lambda **settings: LocalCluster(
-    **settings | {"processes": False}
-)
+if sys.argv[3] == "quick":  # without a worker process, which imports PyHealth, too
+    base_dataset.DaskCluster = lambda **settings: LocalCluster(
+        **settings | {"processes": False}
+    )
 if __name__ == "__main__":
     train, val, test = test_faults.prepared(Path(sys.argv[1]))
     print([len(part) for part in (train, val, test)], float(train[0]["ecg"].sum()))
 """
 
 
-def process_of(root, **keywords):
-    command = [sys.executable, "-c", PREPARE, str(root), str(Path(__file__).parent)]
+def process_of(root, kind="quick", **keywords):
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", PREPARE, str(root), str(here), kind]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | keywords.pop("env", {})
     return subprocess.Popen(command, env=environment, **pipes, **keywords)
@@ -371,14 +374,17 @@ def test_two_processes_prepare_the_same_cache_at_once(root, expected):
     assert [last_line(process) for process in both] == [expected] * 2
 
 
-@pytest.mark.parametrize("seen", ["*.parquet", "samples_*"])
+@pytest.mark.parametrize("seen", [f"{UNFINISHED}-*", "samples_*"])
 def test_an_interrupted_set_task_is_done_again(root, expected, seen):
+    cache = root.parent / "cache"
     process = process_of(root, start_new_session=True)
-    while not any((root.parent / "cache").rglob(seen)):
+    while not any(cache.rglob(seen)):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    assert any(cache.rglob(seen))
     assert last_line(process_of(root)) == expected
+    assert not any(cache.rglob(f"{UNFINISHED}-*"))
 
 
 def test_a_full_disk_is_an_error_and_costs_nothing(root, expected):
@@ -388,7 +394,7 @@ def test_a_full_disk_is_an_error_and_costs_nothing(root, expected):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    process = process_of(root, preexec_fn=limited)
+    process = process_of(root, "as users do", preexec_fn=limited)
     _, error = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "File too large" in error
@@ -399,7 +405,10 @@ def test_clock_and_locale_change_nothing(root, expected):
     """The zone that is a day ahead, and a language with a decimal comma."""
     environment = {"TZ": "Pacific/Kiritimati", "LC_ALL": "tr_TR.UTF-8"}
     assert (
-        last_line(process_of(root, env=environment | {"PYTHONUTF8": "0"})) == expected
+        last_line(
+            process_of(root, "as users do", env=environment | {"PYTHONUTF8": "0"})
+        )
+        == expected
     )
 
 

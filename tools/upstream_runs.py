@@ -90,13 +90,13 @@ def our_tests(tree: UpstreamTree, arguments: list[str]) -> Finding:
 
     Args:
         tree: the laid tree.
-        arguments: of pytest, files below ``tests/``; all fast tests if empty.
+        arguments: of pytest, files below ``tests/``; if empty, the tests that are not
+            slow.
     """
     folder = tree.root / TESTS
     chosen = [argument.removeprefix("tests/") for argument in arguments]
     # A second process takes longer to start than a few files take.
-    chosen = chosen or TWO_PROCESSES
-    return _pytest(tree.root, folder, [*chosen, "-m", "not slow"])
+    return _pytest(tree.root, folder, chosen or [*TWO_PROCESSES, "-m", "not slow"])
 
 
 def pyhealth_tests(tree: UpstreamTree, source: str | None, folder: Path) -> Finding:

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import shutil
+import uuid
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ from .splitter import Split
 __all__ = ["ECGDataset"]
 
 logger = logging.getLogger(__name__)
+
+#: PyHealth's name of the table of events in a cache, and ours until it is whole.
+EVENTS, UNFINISHED = "global_event_df.parquet", "global_event_df.unfinished"
+#: Seconds to wait for another process to make it, as PyHealth waits for samples.
+LONGEST_WAIT = 7200
 
 
 class ECGDataset(BaseDataset):
@@ -130,6 +136,17 @@ class ECGDataset(BaseDataset):
             ValueError: if the folds do not allow one.
         """
 
+    @property
+    def global_event_df(self) -> pl.LazyFrame:
+        """The table of events, made where it is not there.
+
+        Where several processes begin on one cache, one makes it and the others wait.
+        """
+        if any((self.cache_dir / EVENTS).glob("*.parquet")):  # whole, and read only
+            return super().global_event_df
+        with FileLock(self.cache_dir / "events.lock", timeout=LONGEST_WAIT):
+            return super().global_event_df
+
     def records(self, task: BaseTask | None = None) -> pl.DataFrame:
         """Return the table of records, one row each, sorted by ecg_id.
 
@@ -167,16 +184,12 @@ class ECGDataset(BaseDataset):
         return super()._init_cache_dir(cache_dir).resolve()
 
     def _event_transform(self, output_dir: Path) -> None:
-        # Where several processes begin at once, one makes the table, and none sees a
-        # half of it.
-        with FileLock(f"{output_dir}.lock"):
-            if output_dir.exists():
-                return
-            unfinished = output_dir.with_suffix(".unfinished")
-            if unfinished.exists():  # of a process that was killed
-                shutil.rmtree(unfinished)
-            super()._event_transform(unfinished)
-            unfinished.rename(output_dir)
+        for left in output_dir.parent.glob(f"{UNFINISHED}-*"):  # by a killed process
+            shutil.rmtree(left)
+        # A name of its own, in which no worker of another process still writes.
+        unfinished = output_dir.with_name(f"{UNFINISHED}-{uuid.uuid4()}")
+        super()._event_transform(unfinished)
+        unfinished.rename(output_dir)
 
     def _task_transform(
         self, task: BaseTask, output_dir: Path, num_workers: int

@@ -158,6 +158,10 @@ class LearnedAugmentation(nn.Module):
     def apply(self, x: Callable[[nn.Module], None]) -> Self: ...
     @overload
     def apply(
+        self, x: Tensor, labels: Tensor | float | None = None, *, draw: PolicyDraw
+    ) -> Tensor: ...
+    @overload
+    def apply(
         self, x: Tensor, labels: Tensor | float | None, draw: PolicyDraw
     ) -> Tensor: ...
     def apply(

@@ -220,6 +220,10 @@ class TaskAugPolicy(nn.Module):
     @overload
     def apply(self, x: Callable[[nn.Module], None]) -> Self: ...
     @overload
+    def apply(
+        self, x: Tensor, labels: Tensor | None = None, *, draw: PolicyDraw
+    ) -> Tensor: ...
+    @overload
     def apply(self, x: Tensor, labels: Tensor | None, draw: PolicyDraw) -> Tensor: ...
     def apply(
         self,
@@ -264,8 +268,7 @@ class TaskAugPolicy(nn.Module):
             x: signals (B, C, T) as they enter the stage.
             labels: classes (B,) or (B, 1), see :meth:`apply`.
             draw: complete draw of that stage; which operation it chose does not matter.
-            shift: added to the unbounded magnitudes, for each record and operation
-                (B, O) or for all alike.
+            shift: added to the unbounded magnitudes, (B, O) or for all alike.
 
         Returns:
             Signals (O, B, C, T).
@@ -289,8 +292,7 @@ class TaskAugPolicy(nn.Module):
         Returns:
             Augmented signals (B, C, T).
         """
-        complete = torch.is_grad_enabled()
-        draw = self.sample(x.shape, labels, generator, complete=complete)
+        draw = self.sample(x.shape, labels, generator, complete=torch.is_grad_enabled())
         return self.apply(x, labels, draw)
 
     def save(self, path: str | Path, provenance: Provenance | None = None) -> None:
@@ -317,10 +319,9 @@ class TaskAugPolicy(nn.Module):
             TypeError: if the provenance is not of plain values.
         """
         settings = {name: getattr(self, name) for name in policy_file.SETTINGS}
-        parameters = {name: p.detach().cpu() for name, p in self.named_parameters()}
         return policy_file.policy_text(
             settings | {"operations": list(self.op_names)},
-            parameters,
+            {name: p.detach().cpu() for name, p in self.named_parameters()},
             self.to_frame().to_dict(orient="records"),
             {**self.provenance, **(provenance or {})},
         )
@@ -364,12 +365,11 @@ class TaskAugPolicy(nn.Module):
         self, stage: int, x: Tensor, labels: Tensor | None, draw: StageDraw
     ) -> Tensor:
         magnitude = self._magnitude_of(stage, labels, len(x))
-        rate = self.sampling_rate
-        result = self._operations.apply_chosen(x, magnitude, draw, rate)
+        result = self._operations.apply_chosen(x, magnitude, draw, self.sampling_rate)
         if not draw.complete:
             return result
         with torch.no_grad():
-            values = self._operations.apply_each(x, magnitude, draw, rate)
+            values = self._operations.apply_each(x, magnitude, draw, self.sampling_rate)
         slope = self._soft(stage) - draw.soft  # zero at the draw
         return result + torch.einsum("o,obct->bct", slope.to(x.dtype), values)
 

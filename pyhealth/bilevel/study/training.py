@@ -23,7 +23,7 @@ from ..types import Batch
 from .data import PreparedData
 from .settings import RunSettings
 
-__all__ = ["Mixup", "random_signs", "train"]
+__all__ = ["Mixup", "Monitor", "random_signs", "train"]
 
 #: Noise of the fixed-noise baseline, as a share of the operation's interval: 0.1
 #: standard deviations.
