@@ -19,7 +19,7 @@ from ..tasks.ecg_task import ECGTask
 from .sample_dataset import SampleBuilder, SampleDataset
 from .splitter import Split
 
-__all__ = ["CacheError", "ECGSamples"]
+__all__ = ["CacheError", "ECGSamples", "Sample"]
 
 logger = logging.getLogger(__name__)
 
