@@ -112,8 +112,8 @@ def test_the_site_has_every_page_and_its_pictures(site):
         assert (site / "_generated" / picture).resolve().is_file()
 
 
-#: Texts whose contrast is below WCAG 2.2's AA: 4.5, or 3 where they are large. All
-#: colours of this theme are opaque; what is behind a transparent background counts.
+#: Texts whose contrast is below WCAG 2.2's AA: 4.5, or 3 where they are large. Against
+#: the first opaque background; that a text itself lets it through is not looked at.
 LOW_CONTRAST = """() => {
   const parse = c => c.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255)

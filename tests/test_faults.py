@@ -382,9 +382,16 @@ def test_an_interrupted_set_task_is_done_again(root, expected, seen):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert any(cache.rglob(seen))
     assert last_line(process_of(root)) == expected
     assert not any(cache.rglob(f"{UNFINISHED}-*"))
+
+
+def test_half_a_table_of_a_killed_process_is_cleared_away(root):
+    half = opened(root).cache_dir / f"{UNFINISHED}-1"
+    half.mkdir(parents=True)
+    (half / "part.0.parquet").write_bytes(b"x" * 100)
+    assert [len(part) for part in prepared(root)] == [32, 4, 4]
+    assert not half.exists()
 
 
 def test_a_full_disk_is_an_error_and_costs_nothing(root, expected):

@@ -142,7 +142,8 @@ class ECGDataset(BaseDataset):
 
         Where several processes begin on one cache, one makes it and the others wait.
         """
-        if any((self.cache_dir / EVENTS).glob("*.parquet")):  # whole, and read only
+        if any((self.cache_dir / EVENTS).glob("*.parquet")):
+            # It is whole, and may lie where a lock cannot be written.
             return super().global_event_df
         with FileLock(self.cache_dir / "events.lock", timeout=LONGEST_WAIT):
             return super().global_event_df
