@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import wfdb
+from processes import until
 
 from pyhealth.datasets.ecg_dataset import UNFINISHED
 from pyhealth.datasets.ecg_samples import CacheError
@@ -378,8 +379,7 @@ def test_two_processes_prepare_the_same_cache_at_once(root, expected):
 def test_an_interrupted_set_task_is_done_again(root, expected, seen):
     cache = root.parent / "cache"
     process = process_of(root, start_new_session=True)
-    while not any(cache.rglob(seen)):
-        assert process.poll() is None
+    until(lambda: any(cache.rglob(seen)), process.pid)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert last_line(process_of(root)) == expected

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import until
 
 from pyhealth.datasets import ptbxl_download
 from pyhealth.datasets.ptbxl import PTBXLDataset
@@ -238,8 +239,7 @@ def test_a_killed_download_goes_on(server, published, tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path), server.url]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not server.asked[VICTIM]:
-        assert process.poll() is None
+    until(lambda: server.asked[VICTIM] > 0, process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / VICTIM).exists()

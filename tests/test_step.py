@@ -723,28 +723,31 @@ def test_a_model_that_cannot_be_differentiated_twice_backward_still_learns(
     assert len(told) == 1 and "only once in reverse mode" in told[0]
 
 
-def bf16_and_float32(model, batches, method, keep_graph=True):
-    """The same hypergradient in both precisions, after ten inner steps in float32."""
+def a_step(model, optimizer, **settings):
+    params = classifier_parameters(model, model.policy)
+    generator = torch.Generator().manual_seed(0)
+    return BiLevelStep(
+        model, model.policy, params, optimizer, "ecg", "label", generator, **settings
+    )
+
+
+def begun(model, batch):
+    """The model and its optimiser after ten inner steps in float32."""
     model.augment = False
     params = classifier_parameters(model, model.policy)
-    begun = BiLevelStep(
-        model,
-        model.policy,
-        params,
-        torch.optim.Adam(params.values(), lr=1e-3),
-        "ecg",
-        "label",
-        torch.Generator().manual_seed(0),
-        method=method,
-        keep_graph=keep_graph,
-        neumann_lr=1e-3,
-    )
+    optimizer = torch.optim.Adam(params.values(), lr=1e-3)
+    step = a_step(model, optimizer)
     for _ in range(10):
-        begun.inner(batches[0])
+        step.inner(batch)
+    return model, optimizer
+
+
+def bf16_and_float32(begun, batches, method, keep_graph=True):
+    """The same hypergradient in both precisions."""
     found = []
     for precision in ("bf16", "fp32"):
-        step = deepcopy(begun)
-        step.classifier.precision = precision
+        settings = {"method": method, "keep_graph": keep_graph, "neumann_lr": 1e-3}
+        step = a_step(*deepcopy(begun), **settings, precision=precision)
         _, gradient = step.inner_and_outer(*batches)
         assert step.keep_graph == keep_graph  # autocast made nothing fall back
         result = step.classifier.model.eval()(**batches[1])
@@ -756,21 +759,10 @@ def bf16_and_float32(model, batches, method, keep_graph=True):
     return rounded, exact
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "keep_graph"),
-    [
-        ("alignment", True),  # it differentiates no graph a second time
-        *itertools.product(("one_step", "neumann"), (True, False)),
-    ],
-)
-def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
-    """On records that are not learned by heart, that is.
-
-    With clean labels, where the loss and the hypergradient nearly vanish, the cosine of
-    this same network was 0.86: rounding is then no longer small beside them.
-    """
-    cosines = []
+@pytest.fixture(scope="module")
+def pairs(dataset):
+    """Fifteen begun networks, each with its batches."""
+    made = []
     for pair in range(15):
         torch.manual_seed(pair)
         model = TaskAugResNet(dataset, LEADS, base_width=16, sampling_rate=RATE)
@@ -779,7 +771,27 @@ def test_bf16_hypergradient_points_the_same_way(dataset, method, keep_graph):
             flipped = torch.arange(64) % 8 < 2  # so that the loss does not vanish
             label = torch.where(flipped[:, None], 1 - batch["label"], batch["label"])
             batch.update(ecg=batch["ecg"].float(), label=label.float())
-        rounded, exact = bf16_and_float32(model, batches, method, keep_graph)
+        made.append((begun(model, batches[0]), batches))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "keep_graph"),
+    [
+        ("alignment", True),  # it differentiates no graph a second time
+        *itertools.product(("one_step", "neumann"), (True, False)),
+    ],
+)
+def test_bf16_hypergradient_points_the_same_way(pairs, method, keep_graph):
+    """On records that are not learned by heart, that is.
+
+    With clean labels, where the loss and the hypergradient nearly vanish, the cosine of
+    this same network was 0.86: rounding is then no longer small beside them.
+    """
+    cosines = []
+    for pair in pairs:
+        rounded, exact = bf16_and_float32(*pair, method, keep_graph)
         cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
     # Processors round differently: one pair alone may lie lower, and a network of four
     # channels lies lower altogether where bf16 is not emulated (one_step: 0.91).
@@ -804,7 +816,7 @@ def test_bf16_hypergradient_of_published_records(dataset, method, cosine):
     ]
     torch.manual_seed(0)
     model = TaskAugResNet(dataset, base_width=8, sampling_rate=100)
-    rounded, exact = bf16_and_float32(model, batches, method)
+    rounded, exact = bf16_and_float32(begun(model, batches[0]), batches, method)
     assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
 
 
