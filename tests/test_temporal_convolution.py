@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,6 +84,42 @@ def test_network_equals_one_of_conv1d_and_loads_both_ways(capability):
         network.named_parameters(), plain.parameters(), strict=True
     ):
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+def forward_mode(network, x, tangents):
+    params = dict(network.named_parameters())
+    with torch.no_grad(), forward_ad.dual_level():
+        moving = {
+            name: forward_ad.make_dual(params[name], tangent)
+            for name, tangent in tangents.items()
+        }
+        y, tangent = forward_ad.unpack_dual(functional_call(network, moving, (x,)))
+        return y.clone(), tangent.clone()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("moved", ["", "conv", "norm", "weight", "bias"])
+def test_forward_mode_is_that_of_torchs_own_layers(capability, moved, training):
+    torch.manual_seed(0)
+    network = _ResNet1D(5, 2, base_width=3, blocks=(1, 1)).double().train(training)
+    for name, p in network.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p)  # no weight of 1, no bias of 0
+    plain = Plain(network).double().train(training)
+    plain.load_state_dict(network.state_dict())
+    tangents = {
+        name: torch.randn_like(p)
+        for name, p in network.named_parameters()
+        if moved in name
+    }
+    x = torch.randn(4, 5, 41, dtype=torch.float64)
+    mine, theirs = (forward_mode(net, x, tangents) for net in (network, plain))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert mine[1].abs().min() > 1e-3
+    for (name, own), other in zip(
+        network.named_buffers(), plain.buffers(), strict=True
+    ):
+        torch.testing.assert_close(own, other, msg=name)
 
 
 def test_memory_layout_outlives_copying_loading_and_optimising(capability):

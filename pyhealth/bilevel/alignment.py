@@ -99,12 +99,12 @@ def alignment_gradient(
         signs.append(magnitude_signs(labels[own], operations, generator))
         signals.append(_variants(policy, stage, x[own], labels[own], draw, signs[-1]))
         rows += operations * list(range(len(x))[own])
-    slope = _slopes(
-        lambda moving: record_losses(moving, torch.cat(signals), rows),
-        params,
-        direction,
-    )
     sizes = [len(one) for one in signals]
+    variants = torch.cat(signals)
+    del signals  # as large again
+    slope = _slopes(
+        lambda moving: record_losses(moving, variants, rows), params, direction
+    )
     found = [
         _of_stage(
             policy, stage, one.reshape(operations, -1), signs[stage], classes[stage]
@@ -219,7 +219,9 @@ def _variants(
     signs: Tensor,
 ) -> Tensor:
     """Return (O R, C, T): one stage enumerated, the others as drawn."""
-    before, after = draw.stages[:stage], draw.stages[stage + 1 :]
+    # The other stages are applied for their values alone.
+    others = draw.chosen_only().stages
+    before, after = others[:stage], others[stage + 1 :]
     x = policy.apply(x, labels, PolicyDraw(before))
     shift = MAGNITUDE_STEP * signs.T
     x = policy.enumerate_stage(stage, x, labels, draw.stages[stage], shift)

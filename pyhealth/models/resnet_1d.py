@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .temporal_convolution import TemporalConv, signal_layout
 
@@ -70,7 +71,49 @@ class _Norm(nn.BatchNorm2d):
     """BatchNorm in float32 at least: its second derivative cancels in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        value, tangent = forward_ad.unpack_dual(x)
+        forward_alone = tangent is not None and not torch.is_grad_enabled()
+        if forward_alone and self.training and self.momentum is not None:
+            return self._with_tangent(value, tangent, self.momentum)
+        return super().forward(x)
+
+    def _with_tangent(self, x: Tensor, tangent: Tensor, momentum: float) -> Tensor:
+        """Normalise a batch in forward mode.
+
+        ``y / weight`` has a symmetric Jacobian in x, so torch's backward kernel gives
+        the forward derivative too, for which torch itself passes ten times over x.
+        """
+        weight, weight_tangent = forward_ad.unpack_dual(self.weight)
+        bias, bias_tangent = forward_ad.unpack_dual(self.bias)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        running = self.running_mean, self.running_var
+        y, mean, scale = torch.native_batch_norm(
+            x, weight, bias, *running, True, momentum, self.eps
+        )
+        slope, _, _ = torch.ops.aten.native_batch_norm_backward(
+            tangent,
+            x,
+            weight,
+            None,
+            None,
+            mean,
+            scale,
+            True,
+            self.eps,
+            [True, False, False],
+        )
+        if weight_tangent is not None:
+            factor = weight_tangent * scale
+            slope.addcmul_(x, _by_channel(factor)).sub_(_by_channel(factor * mean))
+        if bias_tangent is not None:
+            slope.add_(_by_channel(bias_tangent))
+        return forward_ad.make_dual(y, slope)
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 class _BasicBlock(nn.Module):
