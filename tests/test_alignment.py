@@ -15,6 +15,7 @@ from pyhealth.bilevel.alignment import (
     alignment_gradient,
     magnitude_signs,
 )
+from pyhealth.models.policy_draw import PolicyDraw
 from pyhealth.models.taskaug_policy import TaskAugPolicy
 
 LEADS, LENGTH, RECORDS = 2, 40, 3
@@ -225,6 +226,33 @@ def over_seeds(policy, problem, chosen):
         for seed in range(500)
     ]
     return torch.stack(found)
+
+
+def test_the_other_stages_do_what_they_drew(problem):
+    """To the byte what the complete draw makes of each operation's signals."""
+    record_losses, params, direction, x, labels = problem
+    operations = ("gaussian_noise", "no_op", "temporal_warp", "lead_dropout")
+    policy, classified = policy_of(stages=3, operations=operations), []
+
+    def losses(params, signals, rows):
+        classified.append(signals)
+        return record_losses(params, signals, rows)
+
+    alignment_gradient(policy, x, labels, losses, params, direction, seeded(3))
+    generator, expected = seeded(3), []
+    for stage in range(3):
+        own, classes = x[stage::3], labels[stage::3]
+        draw = policy.sample(own.shape, classes, generator)
+        signs = magnitude_signs(classes, len(operations), generator)
+        with torch.no_grad():
+            own = policy.apply(own, classes, PolicyDraw(draw.stages[:stage]))
+            shift = MAGNITUDE_STEP * signs.T
+            each = policy.enumerate_stage(
+                stage, own, classes, draw.stages[stage], shift
+            )
+            after = PolicyDraw(draw.stages[stage + 1 :], stage + 1)
+            expected += [policy.apply(one, classes, after) for one in each]
+    assert torch.cat(expected).equal(classified[0])
 
 
 def test_more_stages_than_records_share_all_of_them(problem):
