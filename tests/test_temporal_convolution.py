@@ -87,12 +87,15 @@ def test_network_equals_one_of_conv1d_and_loads_both_ways(capability):
 
 
 class Kernels(TorchDispatchMode):
+    """Collects the kernels that run, and the precisions of their first arguments."""
+
     def __init__(self):
         super().__init__()
-        self.used = set()
+        self.precisions = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.used.add(function)
+        dtype = getattr(args[0], "dtype", None) if args else None
+        self.precisions.setdefault(function.__name__, set()).add(dtype)
         return function(*args, **kwargs or {})
 
 
@@ -125,8 +128,7 @@ def test_forward_mode_is_that_of_torchs_own_layers(capability, moved, training):
     x = torch.randn(4, 5, 41, dtype=torch.float64)
     with Kernels() as seen:
         mine = forward_mode(network, x, tangents)
-    kernel = torch.ops.aten.native_batch_norm_backward.default
-    assert (kernel in seen.used) == training
+    assert ("native_batch_norm_backward.default" in seen.precisions) == training
     theirs = forward_mode(plain, x, tangents)
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     assert mine[1].abs().min() > 1e-3
@@ -182,19 +184,6 @@ def test_derivative_in_the_signal_forms_no_gradient_of_the_weights(capability):
     assert counts["aten::convolution_backward"] == 2  # to the signal, from each side
 
 
-class Convolutions(TorchDispatchMode):
-    """Collects the precisions in which convolutions and their gradients are formed."""
-
-    def __init__(self):
-        super().__init__()
-        self.precisions = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "convolution" in function.__name__:
-            self.precisions.setdefault(function.__name__, set()).add(args[0].dtype)
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
 @pytest.mark.parametrize("supported", [False, True], ids=["avx2", "avx512_bf16"])
 def test_without_a_16_bit_convolution_it_is_that_of_32_bit_rounded(
@@ -213,7 +202,7 @@ def test_without_a_16_bit_convolution_it_is_that_of_32_bit_rounded(
             y = functional_call(convolution, {"weight": weight}, (x,))
         return y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))
 
-    with Convolutions() as seen:
+    with Kernels() as seen:
         mine = results(torch.float32 if autocast else torch.bfloat16, autocast)
     precision = {torch.bfloat16 if supported else torch.float32}
     for function in ("convolution", "convolution_backward"):
